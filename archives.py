@@ -1,0 +1,127 @@
+"""Unpacking an archive of photos so that nothing lands outside the destination, or half there.
+
+Only regular files that are named like images are taken; links, devices and other files are counted.
+An archive with a path that leaves the destination, or that expands more than 100 to 1, is refused
+whole: nothing of it is kept. tarfile's own filter is not relied on (CVE-2025-4517, CVE-2025-4330).
+"""
+
+import os
+import shutil
+import stat
+import tarfile
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+from config import InputError
+from images import SUFFIXES
+
+KINDS = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")
+_MAX_RATIO = 100
+_SLACK = 10 << 20  # bytes that any archive may expand to, whatever the ratio
+
+
+def is_archive(path: Path) -> bool:
+    return path.name.lower().endswith(KINDS)
+
+
+def unpack(archive: Path, destination: Path) -> Counter:
+    """Unpack the photos into `destination`, which appears only when all of them are there.
+
+    -> what was skipped, by kind. Raises InputError: not an archive, cut off, or unsafe.
+    """
+    partial = destination.with_name(destination.name + ".part")
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    partial.mkdir(parents=True)
+    skipped: Counter = Counter()
+    try:
+        members = _zip if archive.name.lower().endswith(".zip") else _tar
+        for name, content in members(archive, skipped):
+            target = partial / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with open(target, "wb") as file:
+                shutil.copyfileobj(content, file, 1 << 20)
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, RuntimeError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise InputError(
+            f"{archive} is damaged or not an archive ({error}): fetch it again, or unpack it "
+            "yourself and name the folder"
+        ) from error
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    os.replace(partial, destination)
+    return skipped
+
+
+def strip_wrapper(folder: Path) -> Path:
+    """The folder that holds the identities: one level down where one folder holds only folders."""
+    entries = list(folder.iterdir())
+    if len(entries) == 1 and entries[0].is_dir():
+        inner = list(entries[0].iterdir())
+        if inner and all(entry.is_dir() for entry in inner):
+            return entries[0]
+    return folder
+
+
+def _zip(archive: Path, skipped: Counter) -> Iterator[tuple[str, BinaryIO]]:
+    with zipfile.ZipFile(archive) as file:
+        members = file.infolist()
+        _check_ratio(archive, sum(member.file_size for member in members), archive.stat().st_size)
+        for member in members:
+            name = _safe(archive, member.filename)
+            mode = member.external_attr >> 16
+            if member.is_dir():
+                continue
+            if stat.S_IFMT(mode) not in (0, stat.S_IFREG):
+                skipped["links and devices"] += 1
+            elif not _is_photo(name):
+                skipped["other files"] += 1
+            else:
+                with file.open(member) as content:
+                    yield name, content
+
+
+def _tar(archive: Path, skipped: Counter) -> Iterator[tuple[str, BinaryIO]]:
+    size, total = archive.stat().st_size, 0
+    with open(archive, "rb") as raw, tarfile.open(fileobj=raw, mode="r|*") as file:
+        for member in file:
+            file.members = []  # tarfile would keep all of them: 1 GB for a million
+            name = _safe(archive, member.name)
+            total += member.size
+            _check_ratio(archive, total, size)
+            if member.isdir():
+                continue
+            if not member.isfile() or member.issparse():
+                skipped["links and devices"] += 1
+            elif not _is_photo(name):
+                skipped["other files"] += 1
+            else:
+                yield name, file.extractfile(member)
+
+
+def _safe(archive: Path, name: str) -> str:
+    path = PurePosixPath(name.replace("\\", "/"))
+    drive = len(name) > 1 and name[1] == ":"
+    if path.is_absolute() or drive or ".." in path.parts or "\0" in name:
+        raise InputError(
+            f"{archive} is unsafe: its member {name!r} leaves the destination; nothing was unpacked"
+        )
+    return str(path)
+
+
+def _is_photo(name: str) -> bool:
+    path = PurePosixPath(name)
+    hidden = any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
+    return path.suffix.lower() in SUFFIXES and not hidden
+
+
+def _check_ratio(archive: Path, expanded: int, size: int) -> None:
+    if expanded > _SLACK and expanded > _MAX_RATIO * size:
+        raise InputError(
+            f"{archive} is unsafe: it expands to over {_MAX_RATIO} times its size; nothing was "
+            "unpacked; if you trust it, unpack it yourself and name the folder"
+        )

@@ -1,0 +1,368 @@
+"""Every default and every option: one frozen dataclass a script, named recipes, the argparse.
+
+A script says `options = config.parse(config.TrainOptions, __doc__)`. What the command line does not
+name comes from the recipe (`--recipe`), and what the recipe does not name from the dataclass.
+Nothing here imports torch, so that `--help` and a wrong option answer at once.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import errno
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = (
+    Path(__file__).resolve().parent
+)  # defaults hang here, whatever folder a script is started from
+DATA = ROOT / "data"
+RUNS = ROOT / "runs"
+RAW = DATA / "raw"  # the user's photos, where there are any
+SYNTHETIC = DATA / "synthetic"  # the embedded faces, drawn on demand
+
+DEPTHS = (18, 34, 50, 100, 101, 152, 200)
+NETWORKS = (*(f"r{d}" for d in DEPTHS), *(f"se-r{d}" for d in DEPTHS), "mbf")
+
+
+Options = typing.TypeVar("Options")
+
+
+class InputError(Exception):
+    """A bad input by the user. Its text is one line that names the file and the fix."""
+
+
+def option(default: object, help: str, **metadata: object) -> typing.Any:
+    """A dataclass field with its help, and what its value is checked against."""
+    return dataclasses.field(default=default, metadata={"help": help, **metadata})
+
+
+# --------------------------------------------------------------------------------------------------
+# options of the three scripts
+
+
+@dataclass(frozen=True)
+class PreProcessOptions:
+    src: Path | None = option(
+        None,
+        "raw photos, one folder an identity: a folder, .zip, .tar or .tgz "
+        "(default: data/raw; where there is none, the embedded synthetic faces)",
+    )
+    out: Path | None = option(
+        None, "where crops and manifest.csv go (default: data/faces, or data/synthetic)"
+    )
+    keep_undetected: bool = option(
+        False,
+        "crop a photo without a face by the set's median landmarks and mark it, instead of "
+        "rejecting it; for test sets, so that no pair is lost",
+    )
+    min_face_size: int = option(
+        20, "smallest face looked for, in pixels", low=12, group="detection"
+    )
+    thresholds: tuple[float, ...] = option(
+        (0.6, 0.7, 0.7), "score a face must pass in MTCNN's three stages", low=0, high=1, length=3
+    )
+    factor: float = option(0.709, "step of the image pyramid", low=0.1, high=0.95)
+    max_pixels: int = option(
+        50_000_000, "a photo with more pixels is rejected before it is decoded", low=1
+    )
+    batch_size: int = option(32, "photos of one size detected together", low=1, group="speed")
+    workers: int = option(
+        -1, "processes, of one thread each (-1: one a core; 0: in this process)", low=-1
+    )
+    device: str = option("auto", "auto, cpu, cuda or cuda:N")
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    data: Path | None = option(
+        None,
+        "a prepared folder (default: data/faces if data/raw is there, else data/synthetic/train)",
+    )
+    recipe: str | None = option(
+        None, "a named set of the options below; what you name yourself wins"
+    )
+    name: str | None = option(
+        None, "name of the run: runs/<name> (default: that of the recipe or data)"
+    )
+    runs: Path = option(RUNS, "where runs are kept")
+    resume: bool = option(False, "go on with the run of this name where it stopped")
+    min_images: int = option(1, "leave out identities with fewer photos", low=1)
+
+    network: str = option("se-r18", "backbone", choices=NETWORKS, group="model")
+    width: float = option(1.0, "multiplies the channels; 1.0 is the published net", above=0, high=4)
+    embedding_size: int = option(512, "length of an embedding", low=2)
+    dropout: float = option(
+        0.0, "before the last linear layer; 0.4 helps on small sets", low=0, high=0.95
+    )
+
+    head: str = option(
+        "arcface", "margin", choices=("arcface", "cosface", "combined"), group="margin head"
+    )
+    s: float = option(64.0, "scale of the logits; 32 suits a thousand identities", above=0)
+    m: float = option(
+        0.5, "additive angular margin in radians (m2 of the combined margin)", low=0, high=3.14
+    )
+    m1: float = option(1.0, "multiplies the angle (combined margin)", low=1, high=4)
+    m3: float = option(
+        0.35, "subtracted from the cosine (cosface and combined margin)", low=0, high=1
+    )
+    easy_margin: bool = option(False, "no margin beyond 90 degrees")
+    focal_gamma: float = option(0.0, "focal loss per sample, 0 = cross-entropy", low=0)
+
+    epochs: int = option(20, "passes over the training photos", low=1, group="optimisation")
+    batch_size: int = option(64, "photos a step", low=2)
+    lr: float = option(0.1, "learning rate for a batch of --lr-batch photos", above=0)
+    lr_batch: int = option(
+        128,
+        "the batch that --lr is meant for: it is scaled by batch size / this; 0 = no scaling",
+        low=0,
+    )
+    schedule: str = option("cosine", "of the learning rate", choices=("cosine", "step", "poly"))
+    milestones: tuple[float, ...] = option(
+        (0.625, 0.875),
+        "step schedule: shares of the run at which lr is divided by 10",
+        low=0,
+        high=1,
+    )
+    warmup: float = option(0.05, "share of the run in which lr rises from 0", low=0, high=1)
+    momentum: float = option(0.9, "of SGD", low=0, high=0.9999)
+    weight_decay: float = option(5e-4, "not applied to BN, biases and PReLU", low=0)
+    clip_norm: float = option(
+        5.0, "largest norm of the gradient of backbone and head; 0 = off", low=0
+    )
+
+    augment: str = option(
+        "flip",
+        "none, flip, or strong (flip, small affine, colour, grey, blur, low resolution)",
+        choices=("none", "flip", "strong"),
+        group="data",
+    )
+    workers: int = option(-1, "loader processes (-1: 1 on CPU, up to 8 on CUDA; 0: none)", low=-1)
+    timeout: int = option(120, "seconds after which a silent loader process is an error", low=1)
+    val_identities: int = option(
+        200, "identities held out for validation (at most a tenth of them); 0 = none", low=0
+    )
+    val_data: Path | None = option(None, "prepared folder that --val-pairs names, such as data/lfw")
+    val_pairs: Path | None = option(
+        None,
+        "validate on these pairs instead, such as LFW View 1's pairsDevTest.txt (never View 2)",
+    )
+
+    seed: int = option(
+        0, "of weights, order, augmentation and held-out identities", low=0, group="run"
+    )
+    device: str = option("auto", "auto, cpu, cuda or cuda:N")
+    amp: str = option(
+        "auto",
+        "mixed precision; auto: bf16 on a card that has it, else fp16, and off on a CPU",
+        choices=("auto", "off", "bf16", "fp16"),
+    )
+    channels_last: bool = option(True, "memory format; faster on CPU and on tensor cores")
+    threads: int = option(0, "CPU threads, 0 = torch's default", low=0)
+    log_every: int = option(20, "steps between lines on the console and in TensorBoard", low=1)
+    save_every: int = option(500, "steps between checkpoints, besides one an epoch", low=1)
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    data: Path | None = option(
+        None, "prepared folder of the test photos (default: data/lfw, or data/synthetic/test)"
+    )
+    pairs: Path | None = option(
+        None,
+        "pairs in LFW's format, or lines of path<TAB>path<TAB>label "
+        "(default: pairs.txt in the data folder)",
+    )
+    model: Path | None = option(
+        None, "run folder, .safetensors or .onnx (default: the run that train.py makes by default)"
+    )
+    out: Path | None = option(None, "where the report goes (default: runs/<model>/lfw)")
+    flip: bool = option(True, "add the embedding of the mirror image")
+    batch_size: int = option(32, "crops embedded together", low=1)
+    input_mean: float = option(
+        127.5,
+        "subtracted from pixels; for a foreign ONNX file that names nothing",
+        group="foreign model",
+    )
+    input_std: float = option(127.5, "divides them then", above=0)
+    device: str = option("auto", "auto, cpu, cuda or cuda:N", group="run")
+    threads: int = option(0, "CPU threads, 0 = torch's default", low=0)
+
+
+# --------------------------------------------------------------------------------------------------
+# recipes: only what differs from the defaults above
+
+RECIPES: dict[str, dict[str, object]] = {
+    # The demo on synthetic faces: about three minutes on 2 CPU cores.
+    "demo": {"network": "se-r18", "width": 0.25, "epochs": 12, "s": 32.0, "m": 0.4},
+    # The small-CPU one: 17 thousand photos of 3 thousand people on 2 cores, about an hour.
+    "small-cpu": {"network": "se-r18", "width": 0.5, "epochs": 20, "s": 32.0, "m": 0.4},
+    # ArcFace paper, section 3.1: batch 512, lr 0.1, wd 5e-4; /10 at 20K and 28K of 32K steps.
+    "casia-r50": {
+        "network": "r50", "epochs": 34, "batch_size": 512, "lr": 0.1, "lr_batch": 512,
+        "schedule": "step", "milestones": (0.625, 0.875), "warmup": 0.0, "dropout": 0.4,
+    },
+    # The same on MS1MV2 (5.8 M photos): /10 at 100K and 160K of 180K steps, i.e. 16 passes.
+    "ms1m-r50": {
+        "network": "r50", "epochs": 16, "batch_size": 512, "lr": 0.1, "lr_batch": 512,
+        "schedule": "step", "milestones": (0.556, 0.889), "warmup": 0.0,
+    },
+    "ms1m-r100": {
+        "network": "r100", "epochs": 16, "batch_size": 512, "lr": 0.1, "lr_batch": 512,
+        "schedule": "step", "milestones": (0.556, 0.889), "warmup": 0.0,
+    },
+}  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------
+# argparse from a dataclass
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        """One line, exit code 2: no usage dump in front of what is wrong."""
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def parse(kind: type[Options], doc: str | None, argv: list[str] | None = None) -> Options:
+    """Command line -> `kind`. Exits with 2 and one line where a word is unknown or out of range."""
+    parser = _parser(kind, doc)
+    named, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(_suggest(unknown[0], parser))
+    values = vars(named)
+    recipe = values.get("recipe")
+    if recipe is not None:
+        if recipe not in RECIPES:
+            parser.error(f"--recipe {recipe!r} is unknown: choose from {', '.join(RECIPES)}")
+        values = {**RECIPES[recipe], **values}
+    options = kind(**values)
+    for field in dataclasses.fields(kind):
+        complaint = _out_of_range(field, getattr(options, field.name))
+        if complaint:
+            parser.error(f"{_flag(field)} {complaint}")
+    return options
+
+
+def run(main: Callable[[typing.Any], int | None], options: object) -> typing.NoReturn:
+    """Run a script's `main`; a bad input ends it with one line on stderr and exit code 2."""
+    try:
+        code = main(options) or 0
+        sys.stdout.flush()
+    except InputError as error:
+        code = complain(str(error), 2)
+    except KeyboardInterrupt:
+        code = complain("stopped by Ctrl-C; what was done is kept", 130)
+    except BrokenPipeError:  # `train.py | head`: nobody reads any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
+    except OSError as error:
+        disk = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
+        if error.errno not in disk:
+            raise
+        code = complain(f"{error.filename or 'a file'}: {error.strerror}; what was done is kept", 1)
+    sys.exit(code)
+
+
+def complain(line: str, code: int) -> int:
+    print("error: " + " ".join(line.splitlines()), file=sys.stderr)
+    return code
+
+
+def _flag(field: dataclasses.Field) -> str:
+    return "--" + field.name.replace("_", "-")
+
+
+def _parser(kind: type, doc: str | None) -> _Parser:
+    parser = _Parser(
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,  # what is not named is left to recipe and class
+        allow_abbrev=False,
+    )
+    hints = typing.get_type_hints(kind)
+    group: argparse._ActionsContainer = parser
+    for field in dataclasses.fields(kind):
+        if "group" in field.metadata:
+            group = parser.add_argument_group(str(field.metadata["group"]))
+        group.add_argument(_flag(field), **_argument(field, hints[field.name]))
+    return parser
+
+
+def _argument(field: dataclasses.Field, hint: object) -> dict[str, typing.Any]:
+    """Keywords of add_argument for one field."""
+    text = str(field.metadata["help"])
+    if field.name == "recipe":
+        text += f" ({', '.join(RECIPES)})"
+    if field.default is not None:
+        text += f" (default: {_shown(field.default)})"
+    text = text.replace("%", "%%")
+    if hint is bool:
+        return {"action": argparse.BooleanOptionalAction, "help": text}
+    if isinstance(hint, types.UnionType):  # `X | None`
+        hint = next(part for part in typing.get_args(hint) if part is not type(None))
+    if typing.get_origin(hint) is tuple:
+        return {"type": float, "nargs": "+", "action": _Tuple, "metavar": "X", "help": text}
+    choices = field.metadata.get("choices")
+    metavar = None if choices is None else "NAME"
+    return {
+        "type": _chosen(choices) if choices else hint,
+        "metavar": metavar or hint.__name__.upper(),
+        "help": text + (f" [{' '.join(choices)}]" if choices else ""),
+    }
+
+
+class _Tuple(argparse.Action):
+    def __call__(self, parser, namespace, values, flag=None):
+        setattr(namespace, self.dest, tuple(values))
+
+
+def _chosen(choices: tuple[str, ...]) -> Callable[[str], str]:
+    def check(word: str) -> str:
+        if word in choices:
+            return word
+        near = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise argparse.ArgumentTypeError(f"{word!r} is unknown{hint} One of: {' '.join(choices)}")
+
+    return check
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
+    if isinstance(value, Path) and value.is_relative_to(ROOT):
+        return str(value.relative_to(ROOT))
+    return str(value)
+
+
+def _suggest(word: str, parser: _Parser) -> str:
+    if not word.startswith("-"):
+        return f"{word!r} stands alone: a yes/no option is --flag or --no-flag, without a value"
+    flags = [flag for action in parser._actions for flag in action.option_strings]
+    near = difflib.get_close_matches(word.split("=")[0], flags, n=1)
+    return f"{word} is unknown" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def _out_of_range(field: dataclasses.Field, value: object) -> str | None:
+    rules = field.metadata
+    values = value if isinstance(value, tuple) else (value,)
+    if "length" in rules and len(values) != rules["length"]:
+        return f"takes {rules['length']} numbers"
+    for number in values:
+        if not isinstance(number, (int, float)) or isinstance(number, bool):
+            continue
+        if number != number or number in (float("inf"), float("-inf")):
+            return f"{number} is not a finite number"
+        if "low" in rules and number < rules["low"]:
+            return f"{number} is below {rules['low']}"
+        if "above" in rules and number <= rules["above"]:
+            return f"{number} must be above {rules['above']}"
+        if "high" in rules and number > rules["high"]:
+            return f"{number} is above {rules['high']}"
+    return None

@@ -1,0 +1,497 @@
+"""Raw photos, one folder an identity -> aligned 112x112 face crops and an index of all photos.
+
+    python pre_process.py                                        # data/raw, else synthetic faces
+    python pre_process.py --src photos/ --out data/faces         # a folder, .zip, .tar or .tgz
+    python pre_process.py --src lfw.tgz --out data/lfw --keep-undetected    # a test set
+
+MTCNN finds the faces, the central one is taken, and five landmarks turn it upright by a similarity
+transform. Written into --out:
+    images/<identity>/<path below the identity>.jpg   the crops, RGB, JPEG quality 95
+    manifest.csv          one row a photo: status, box, landmarks, score; why it was rejected
+    pre_process.json      source and settings
+    source/               what an archive held (for a folder, the photos stay where they are)
+It may be stopped at any moment: run again, it goes on, and the result is the same.
+"""
+
+import config
+
+if __name__ == "__main__":
+    # Before torch is imported, so that --help and a wrong option answer at once.
+    OPTIONS = config.parse(config.PreProcessOptions, __doc__)
+
+import csv
+import fcntl
+import io
+import itertools
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+import align_faces
+import archives
+import manifest
+import synthetic_faces
+from checkpoint import write_atomic, write_json
+from config import InputError, PreProcessOptions
+from detect_faces import FaceDetector, Faces, central_face
+from images import SUFFIXES, UnreadableImage, read_image, write_jpeg
+from manifest import ALIGNED, REJECTED, UNDETECTED, Row
+from utils import Progress, pick_device
+
+SETTINGS = "pre_process.json"
+JOURNAL = "manifest.part.csv"  # rows as they are done; gone once manifest.csv holds them
+NO_FACE = "no face"
+NO_SHAPE = "landmarks are no face"
+# What --keep-undetected can still crop: the photo is readable, only its landmarks are missing.
+CROPPABLE = (NO_FACE, NO_SHAPE)
+BUFFER_PIXELS = 1 << 24  # decoded photos that a worker holds
+
+
+class Photo(NamedTuple):
+    source: str  # path below the root, with /
+    identity: str
+    image: str  # path of the crop below --out
+
+
+def main(options: PreProcessOptions) -> None:
+    torch.set_num_threads(1)  # the work is spread over processes
+    if options.src is None and not config.RAW.exists():
+        print("No --src and no data/raw: using the embedded synthetic faces (data/synthetic).")
+        drawn = synthetic_faces.write_demo(config.SYNTHETIC)
+        print(f"Drew {drawn} photos." if drawn else "All of them are drawn.")
+        for name in ("train", "test"):
+            folder = config.SYNTHETIC / name
+            keep = name == "test" or options.keep_undetected
+            prepare(folder / "raw", folder, replace(options, keep_undetected=keep))
+        return
+    prepare(options.src or config.RAW, options.out or config.DATA / "faces", options)
+
+
+def prepare(src: Path, out: Path, options: PreProcessOptions) -> None:
+    """One set from start to end: list the photos, find and align the faces, write the manifest."""
+    check_folders(src, out)
+    existed = out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with lock(out):
+            root = open_source(src, out, options)
+            listing = list_photos(root)
+            done = read_journal(out, listing.photos)
+            todo = [photo for photo in listing.photos if photo.source not in done]
+            if done:
+                print(f"{src}: {len(done):,} of {len(listing.photos):,} photos are done already.")
+            rate = detect_all(todo, root, out, done, options) if todo else None
+            rows = finish(done, listing, root, out, options)
+    except InputError:
+        if not existed:  # leave no empty folder behind for a source that can't be used
+            remove_if_empty(out)
+        raise
+    summarize(rows, listing, out, rate)
+
+
+# --------------------------------------------------------------------------------------------------
+# the source
+
+
+def check_folders(src: Path, out: Path) -> None:
+    if not src.exists():
+        raise InputError(f"{src} is not there: --src names a folder or archive of photos")
+    if src.is_file() and not archives.is_archive(src):
+        kinds = " ".join(archives.KINDS)
+        raise InputError(f"{src} is no folder and no archive ({kinds}): name one with --src")
+    if src.is_dir() and out.resolve().is_relative_to(src.resolve()):
+        raise InputError(f"{out} lies in {src}: crops would be taken for photos; move --out")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file: name a folder with --out")
+
+
+@contextmanager
+def lock(out: Path) -> Iterator[None]:
+    """One run a folder. The lock is the kernel's: it goes with the process, however that ends."""
+    with open(out / ".lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            raise InputError(
+                f"{out} is being prepared by process {file.read().strip() or '?'}: wait for it"
+            ) from error
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def open_source(src: Path, out: Path, options: PreProcessOptions) -> Path:
+    """The folder that holds the identities; an archive is unpacked first. Records the settings."""
+    settings = {
+        "source": str(src.resolve()) if src.is_dir() else src.name,
+        "bytes": None if src.is_dir() else src.stat().st_size,
+        "min_face_size": options.min_face_size,
+        "thresholds": list(options.thresholds),
+        "factor": options.factor,
+    }
+    path = out / SETTINGS
+    if path.exists():
+        old = json.loads(path.read_text())
+        changed = [key for key in settings if old.get(key) != settings[key]]
+        if changed:
+            said = ", ".join(f"{key} {old.get(key)}, now {settings[key]}" for key in changed)
+            raise InputError(f"{out} was prepared with {said}: name another --out or delete it")
+    root = src
+    if src.is_file():
+        root = out / "source"
+        if not root.exists():
+            print(f"Unpacking {src} into {root}", flush=True)
+            skipped = archives.unpack(src, root)
+            for kind, count in sorted(skipped.items()):
+                print(f"  {count:,} {kind} in the archive were left")
+        root = archives.strip_wrapper(root)
+    write_json(path, settings)
+    return root
+
+
+@dataclass(frozen=True)
+class Listing:
+    photos: list[Photo]
+    identities: int
+    others: int  # files that are no photos
+    homeless: int  # photos outside any identity's folder
+    empty: int  # identities without a photo
+
+
+def list_photos(root: Path) -> Listing:
+    """All photos in the identities' folders, in sorted order. Raises InputError: none, or twins."""
+    folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    folders = [name for name in folders if not name.startswith(".")]
+    twins: dict[str, str] = {}
+    for name in folders:
+        twin = twins.setdefault(name.casefold(), name)
+        if twin != name:
+            raise InputError(
+                f"{root} holds {twin} and {name}, which differ only by case: merge or rename them"
+            )
+    top = [entry.name for entry in os.scandir(root) if not entry.is_dir()]
+    homeless = sum(is_photo(name) for name in top)
+    others, empty, photos = len(top) - homeless, 0, []
+    for identity in folders:
+        files = sorted(walk(root / identity, identity, set()))
+        mine = [file for file in files if is_photo(file)]
+        others += len(files) - len(mine)
+        empty += not mine
+        photos += [Photo(file, identity, image) for file, image in name_crops(mine)]
+    if not photos:
+        where = f"; {homeless} photos lie outside any folder" if homeless else ""
+        raise InputError(f"{root} holds no photo in a folder of its identity{where}: check --src")
+    return Listing(photos, len(folders) - empty, others, homeless, empty)
+
+
+def is_photo(path: str) -> bool:
+    name = path.rsplit("/", 1)[-1].lower()
+    return name.endswith(SUFFIXES) and not name.startswith(".")
+
+
+def walk(folder: Path, prefix: str, seen: set[str]) -> Iterator[str]:
+    """Files below a folder, as paths with /. Links to folders are followed, but not in a circle."""
+    real = os.path.realpath(folder)
+    if real in seen:
+        return
+    for entry in os.scandir(folder):
+        name = f"{prefix}/{entry.name}"
+        if entry.is_dir() and not is_photo(name):
+            yield from walk(folder / entry.name, name, seen | {real})
+        else:
+            yield name
+
+
+def name_crops(files: list[str]) -> Iterator[tuple[str, str]]:
+    """`id/sub/01.png` -> `images/id/sub/01.jpg`; where another has that name, `01.png.jpg`."""
+    taken: set[str] = set()
+    named = {}
+    for file in sorted(files, key=lambda name: (not name.endswith(".jpg"), name)):
+        image = f"images/{os.path.splitext(file)[0]}.jpg"
+        if image.casefold() in taken:
+            image = f"images/{file}.jpg"
+        while image.casefold() in taken:
+            image = f"{image}.jpg"
+        taken.add(image.casefold())
+        named[file] = image
+    return ((file, named[file]) for file in files)
+
+
+# --------------------------------------------------------------------------------------------------
+# the journal: what is done, so that a run goes on where it stopped
+
+
+def read_journal(out: Path, photos: list[Photo]) -> dict[str, str]:
+    """Source -> CSV line of the photos that are done. A line that was cut off is not."""
+    planned = {photo.source: photo.image for photo in photos}
+    done: dict[str, str] = {}
+    finished = manifest.read_rows(out / manifest.NAME) if (out / manifest.NAME).exists() else ()
+    for cells in itertools.chain(finished, journal_rows(out / JOURNAL)):
+        row = Row.parse(cells)
+        if row.status == UNDETECTED:  # decided anew at the end: the medians may have moved
+            row = replace(row, status=REJECTED, image="", landmarks=None)
+        if row.source not in planned or row.image not in ("", planned[row.source]):
+            continue
+        if not row.image or is_filled(out / row.image):
+            done[row.source] = row.line()
+    write_atomic(out / JOURNAL, "".join(done.values()).encode(errors="surrogateescape"))
+    return done
+
+
+def journal_rows(path: Path) -> Iterator[list[str]]:
+    if not path.exists():
+        return
+    text = path.read_bytes().decode(errors="surrogateescape")
+    whole = text[: text.rfind("\n") + 1]  # the last line may be half there
+    for cells in csv.reader(io.StringIO(whole, newline="")):
+        if len(cells) == len(manifest.COLUMNS):
+            yield cells
+
+
+def is_filled(path: Path) -> bool:
+    try:
+        return path.stat().st_size > 0
+    except OSError:
+        return False
+
+
+# --------------------------------------------------------------------------------------------------
+# detection and alignment
+
+
+def detect_all(
+    todo: list[Photo], root: Path, out: Path, done: dict[str, str], options: PreProcessOptions
+) -> float:
+    """Find and align all faces of `todo`, adding to `done` and to the journal. -> photos/s."""
+    progress = Progress(len(todo), "Aligning faces")
+    size = options.batch_size
+    chunks = [todo[start : start + size] for start in range(0, len(todo), size)]
+    with open(out / JOURNAL, "ab") as journal:
+        for rows in run_chunks(chunks, root, out, options):
+            lines = [row.line() for row in rows]
+            journal.write("".join(lines).encode(errors="surrogateescape"))
+            journal.flush()
+            os.fsync(journal.fileno())
+            done.update((row.source, line) for row, line in zip(rows, lines, strict=True))
+            progress.update(len(rows))
+    progress.close()
+    return progress.rate()
+
+
+def run_chunks(
+    chunks: list[list[Photo]], root: Path, out: Path, options: PreProcessOptions
+) -> Iterator[list[Row]]:
+    """The rows of each chunk as they come, from several processes or from this one."""
+    device = pick_device(options.device)
+    workers = options.workers
+    if workers < 0:
+        workers = 0 if device.type == "cuda" else os.cpu_count() or 1
+    workers = min(workers, len(chunks))
+    arguments = (root, out, options, str(device))
+    if workers <= 1:
+        worker = Worker(*arguments)
+        yield from map(worker.process, chunks)
+        return
+    pool = ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), start_worker, arguments
+    )
+    try:
+        yield from in_flight(pool, chunks, 2 * workers)
+    except BrokenProcessPool as error:
+        raise SystemExit(
+            config.complain("a worker process died (out of memory?); run again to go on", 1)
+        ) from error
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def in_flight(
+    pool: ProcessPoolExecutor, chunks: list[list[Photo]], most: int
+) -> Iterator[list[Row]]:
+    """Keep `most` chunks submitted, so that memory does not grow with the number of photos."""
+    waiting: set[Future] = set()
+    for chunk in chunks:
+        waiting.add(pool.submit(process_chunk, chunk))
+        if len(waiting) >= most:
+            ready, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+            yield from (future.result() for future in ready)
+    while waiting:
+        ready, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+        yield from (future.result() for future in ready)
+
+
+class Worker:
+    """Detector and folders of one process."""
+
+    def __init__(self, root: Path, out: Path, options: PreProcessOptions, device: str):
+        torch.set_num_threads(1)
+        self.root, self.out, self.options = root, out, options
+        self.detector = FaceDetector(
+            options.min_face_size, options.thresholds, options.factor, device
+        )
+
+    def process(self, chunk: list[Photo]) -> list[Row]:
+        """Read, detect, align and write a chunk of photos -> their rows."""
+        rows: list[Row] = []
+        held: list[tuple[Photo, np.ndarray]] = []
+        for photo in chunk:
+            try:
+                held.append((photo, read_image(self.root / photo.source, self.options.max_pixels)))
+            except UnreadableImage as error:
+                rows.append(Row(photo.source, photo.identity, "", REJECTED, str(error)))
+            if sum(image.shape[0] * image.shape[1] for _, image in held) > BUFFER_PIXELS:
+                rows += self._align(held)
+                held = []
+        return rows + self._align(held)
+
+    def _align(self, held: list[tuple[Photo, np.ndarray]]) -> list[Row]:
+        found = self.detector.detect([image for _, image in held])
+        return [self._row(*pair, faces) for pair, faces in zip(held, found, strict=True)]
+
+    def _row(self, photo: Photo, image: np.ndarray, faces: Faces) -> Row:
+        height, width = image.shape[:2]
+        row = Row(photo.source, photo.identity, "", REJECTED, NO_FACE, width, height, len(faces))
+        if not len(faces):
+            return row
+        index = central_face(faces, width, height)
+        # As the manifest will hold them, so that the crop can be made again from it.
+        landmarks = faces.landmarks[index].round(4)
+        row = replace(
+            row,
+            score=float(faces.scores[index]),
+            box=faces.boxes[index],
+            landmarks=landmarks,
+        )
+        matrix = align_faces.similarity_transform(landmarks)
+        if matrix is None or align_faces.fit_residual(landmarks, matrix) > align_faces.MAX_RESIDUAL:
+            return replace(row, reason=NO_SHAPE)
+        write_crop(self.out / photo.image, align_faces.warp(image, matrix))
+        return replace(row, image=photo.image, status=ALIGNED, reason="")
+
+
+def write_crop(path: Path, crop: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_jpeg(path, crop)
+
+
+_worker: Worker  # of this process, where it is one of several
+
+
+def start_worker(*arguments) -> None:
+    global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
+    _worker = Worker(*arguments)
+
+
+def end_with_parent(parent: int) -> None:
+    """A worker whose parent was killed would wait for work forever."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def process_chunk(chunk: list[Photo]) -> list[Row]:
+    return _worker.process(chunk)
+
+
+# --------------------------------------------------------------------------------------------------
+# the end: what was not detected, the manifest, the summary
+
+
+def finish(
+    done: dict[str, str], listing: Listing, root: Path, out: Path, options: PreProcessOptions
+) -> list[Row]:
+    """Decide on the photos without a face, and write manifest.csv."""
+    rows = [Row.parse(next(csv.reader([done[photo.source]]))) for photo in listing.photos]
+    aligned = [row for row in rows if row.status == ALIGNED]
+    if not aligned:
+        reasons = Counter(row.reason for row in rows).most_common(3)
+        said = ", ".join(f"{count} {reason}" for reason, count in reasons)
+        raise InputError(f"{root} has no usable photo among {len(rows)} ({said}): check --src")
+    if options.keep_undetected:
+        shares = median_landmarks(aligned)
+        for index, photo in enumerate(listing.photos):
+            if rows[index].reason in CROPPABLE:
+                rows[index] = crop_undetected(photo, rows[index], shares, root, out, options)
+    os.sync()  # the crops are on disk before the manifest says so
+    lines = [manifest.csv_line(list(manifest.COLUMNS)), *(row.line() for row in rows)]
+    write_atomic(out / manifest.NAME, "".join(lines).encode(errors="surrogateescape"))
+    (out / JOURNAL).unlink(missing_ok=True)
+    return rows
+
+
+def median_landmarks(aligned: Iterable[Row]) -> np.ndarray:
+    """(5, 2) medians of the landmarks as fractions of width and height."""
+    return np.median([row.landmarks / (row.width, row.height) for row in aligned], axis=0)
+
+
+def crop_undetected(
+    photo: Photo,
+    row: Row,
+    shares: np.ndarray,
+    root: Path,
+    out: Path,
+    options: PreProcessOptions,
+) -> Row:
+    landmarks = (shares * (row.width, row.height)).round(4)  # (5, 2)
+    image = read_image(root / photo.source, options.max_pixels)
+    matrix = align_faces.similarity_transform(landmarks)
+    write_crop(out / photo.image, align_faces.warp(image, matrix))
+    return replace(row, image=photo.image, status=UNDETECTED, landmarks=landmarks)
+
+
+def summarize(rows: list[Row], listing: Listing, out: Path, rate: float | None) -> None:
+    status = Counter(row.status for row in rows)
+    reasons = Counter(row.reason for row in rows if row.status == REJECTED)
+    several = sum(row.faces > 1 for row in rows)
+    print(f"{out}: {len(rows):,} photos of {listing.identities:,} identities")
+    print(f"  aligned     {status[ALIGNED]:9,}   ({several:,} photos have several faces)")
+    if status[UNDETECTED]:
+        names = [row.source for row in rows if row.status == UNDETECTED]
+        said = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        print(f"  undetected  {status[UNDETECTED]:9,}   cropped by median landmarks: {said}")
+    print(f"  rejected    {status[REJECTED]:9,}")
+    for reason, count in reasons.most_common():
+        print(f"    {count:9,}  {reason}")
+    for count, what in (
+        (listing.others, "other files were left"),
+        (listing.homeless, "photos outside any identity's folder were left"),
+        (listing.empty, "identities have no photo"),
+    ):
+        if count:
+            print(f"  {count:,} {what}")
+    if status[REJECTED] > 0.05 * len(rows):
+        print(
+            f"  WARNING: {status[REJECTED] / len(rows):.0%} of the photos are rejected: see {out}"
+        )
+    if listing.identities == 1:
+        print("  WARNING: one identity only; is --src one folder too high?")
+    print(f"  {rate:.1f} photos/s" if rate else "  nothing was left to do")
+
+
+def remove_if_empty(out: Path) -> None:
+    for name in (".lock", SETTINGS, JOURNAL):
+        (out / name).unlink(missing_ok=True)
+    if not any(out.iterdir()):
+        out.rmdir()
+
+
+if __name__ == "__main__":
+    config.run(main, OPTIONS)

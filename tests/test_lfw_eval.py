@@ -1,0 +1,428 @@
+"""From pairs to report, on drawn crops. Run: python -m pytest tests/test_lfw_eval.py"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import checkpoint
+import config
+import lfw_eval
+import manifest
+import models
+import protocol
+import utils
+from config import InputError
+from images import read_image
+
+ROOT = Path(lfw_eval.__file__).resolve().parent
+IDENTITIES, PHOTOS, FOLDS, PER_FOLD = 6, 4, 10, 4
+
+
+def crop(identity: int, photo: int) -> np.ndarray:
+    """A coarse pattern that belongs to the identity, under noise of the photo's own."""
+    pattern = np.random.default_rng(identity).uniform(0, 255, (7, 7, 3))
+    noise = np.random.default_rng(1000 * identity + photo).normal(0, 60, (7, 7, 3))
+    image = np.clip(pattern + noise, 0, 255).astype(np.uint8)
+    return np.kron(image, np.ones((16, 16, 1), dtype=np.uint8))  # (112, 112, 3)
+
+
+def row(source: str, status: str = manifest.ALIGNED, image: str | None = None) -> manifest.Row:
+    if image is None:
+        image = "" if status == manifest.REJECTED else f"images/{source}"
+    reason = "" if status == manifest.ALIGNED else "no face found"
+    return manifest.Row(source, source.split("/")[0], image, status, reason)
+
+
+def write_manifest(data: Path, rows: list[manifest.Row]) -> None:
+    head = manifest.csv_line(list(manifest.COLUMNS))
+    (data / manifest.NAME).write_text(head + "".join(row.line() for row in rows))
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Path:
+    """A prepared set, its pairs.txt of 80 pairs, and a tiny network of random weights."""
+    torch.set_num_threads(1)
+    data = tmp_path_factory.mktemp("a set") / "faces"
+    rows = []
+    for identity in range(IDENTITIES):
+        name = f"Person_{identity}"
+        (data / "images" / name).mkdir(parents=True)
+        for photo in range(1, PHOTOS + 1):
+            source = f"{name}/{name}_{photo:04d}.jpg"
+            image = Image.fromarray(crop(identity, photo))
+            image.save(data / "images" / source, quality=95)
+            rows.append(row(source))
+    rows[0] = row(rows[0].source, manifest.UNDETECTED)
+    write_manifest(data, rows)
+
+    rng = np.random.default_rng(0)
+    lines = [f"{FOLDS}\t{PER_FOLD}"]
+    for _ in range(FOLDS):
+        for _ in range(PER_FOLD):
+            a, b = 1 + rng.choice(PHOTOS, 2, replace=False)
+            lines.append(f"Person_{rng.integers(IDENTITIES)}\t{a}\t{b}")
+        for _ in range(PER_FOLD):
+            (i, j), (a, b) = rng.choice(IDENTITIES, 2, replace=False), 1 + rng.choice(PHOTOS, 2)
+            lines.append(f"Person_{i}\t{a}\tPerson_{j}\t{b}")
+    (data / "pairs.txt").write_text("\n".join(lines) + "\n")
+
+    run = data.parent / "run"
+    run.mkdir()
+    torch.manual_seed(0)
+    kind = {"network": "r18", "width": 0.125, "embedding_size": 32}
+    network = models.create(**kind)
+    metadata = {key: str(value) for key, value in kind.items()}
+    checkpoint.save_weights(run / checkpoint.BEST, network.state_dict(), metadata)
+    return data
+
+
+def options(data: Path, /, **changes: object) -> config.EvalOptions:
+    base = config.EvalOptions(
+        data=data, pairs=data / "pairs.txt", model=data.parent / "run", device="cpu", threads=1
+    )
+    return dataclasses.replace(base, **changes)
+
+
+@pytest.fixture(scope="module")
+def report(prepared) -> Path:
+    """The report of a first run, in its default place."""
+    lfw_eval.main(options(prepared))
+    return prepared.parent / "run" / "lfw"
+
+
+def linked(data: Path, folder: Path) -> Path:
+    """A copy of the set whose photos are shared, for a test that changes manifest or pairs."""
+    copy = folder / "copy"
+    copy.mkdir()
+    (copy / "images").symlink_to(data / "images")
+    for name in ("manifest.csv", "pairs.txt"):
+        (copy / name).write_bytes((data / name).read_bytes())
+    return copy
+
+
+# --- the report -----------------------------------------------------------------------------------
+
+
+def test_the_report_is_complete(report):
+    assert {path.name for path in report.iterdir()} == {
+        "embeddings.safetensors", "eval.json", "run.json", "theta_dist.png", "roc.png",
+        "false_positives_01.jpg", "false_negatives_01.jpg",
+    }  # fmt: skip
+    run = json.loads((report / "run.json").read_text())
+    assert {"date", "commit", "hardware", "options", "photos_per_second"} <= set(run)
+    for picture in report.glob("*.png"):
+        with Image.open(picture) as image:
+            image.load()
+            assert min(image.size) > 400
+
+
+def test_the_numbers_are_those_of_a_loop_over_the_pairs(prepared, report):
+    """Embeds photo by photo, and scores by hand."""
+    model = utils.load_backbone(prepared.parent / "run")
+
+    def embedding(source: str) -> np.ndarray:
+        pixels = read_image(prepared / "images" / source).astype(np.float32)
+        batch = torch.from_numpy((pixels / 255 - 0.5) / 0.5).permute(2, 0, 1)[None]
+        with torch.no_grad():
+            return (model(batch) + model(batch.flip(3)))[0].double().numpy()
+
+    angles, same = [], []
+    for line in (prepared / "pairs.txt").read_text().splitlines()[1:]:
+        cells = line.split("\t")
+        same.append(len(cells) == 3)
+        people = (cells[0], cells[0 if same[-1] else 2])
+        u, v = (
+            embedding(f"{person}/{person}_{int(number):04d}.jpg")
+            for person, number in zip(people, (cells[1], cells[-1]), strict=True)
+        )
+        angles.append(np.degrees(np.arccos(u @ v / np.linalg.norm(u) / np.linalg.norm(v))))
+    angles, same = np.array(angles), np.array(same)
+    folds = protocol.kfold_accuracy(angles, same, np.arange(len(same)) // (2 * PER_FOLD))
+
+    result = json.loads((report / "eval.json").read_text())
+    assert result["pairs"]["scored"] == result["pairs"]["listed"] == 2 * FOLDS * PER_FOLD
+    assert result["accuracy"]["mean"] == pytest.approx(folds.mean, abs=1e-6)
+    assert 0.6 < result["accuracy"]["mean"] < 1  # the pattern is seen, and there is a gallery
+    assert result["accuracy"]["threshold_degrees_per_fold"] == pytest.approx(
+        folds.threshold, abs=1e-3
+    )
+    assert result["auc"] == pytest.approx(protocol.auc(angles, same), abs=1e-6)
+    assert result["theta_degrees"]["genuine"]["mean"] == pytest.approx(
+        angles[same].mean(), abs=1e-3
+    )
+    assert result["tar_at_far"]["1e-2"] is None  # 40 impostor pairs cannot tell
+
+
+def test_row_40_a_second_run_is_byte_identical_and_embeds_nothing(
+    prepared, report, tmp_path, monkeypatch, capsys
+):
+    first = {path.name: path.read_bytes() for path in report.iterdir() if path.name != "run.json"}
+    lfw_eval.main(options(prepared, out=tmp_path / "anew"))
+    anew = {path.name: path.read_bytes() for path in (tmp_path / "anew").iterdir()}
+    assert {name: anew[name] for name in first} == first
+
+    monkeypatch.setattr(utils, "load_backbone", None)  # calling it would fail
+    lfw_eval.main(options(prepared))
+    assert {name: (report / name).read_bytes() for name in first} == first
+    assert json.loads((report / "run.json").read_text())["photos_embedded"] == 0
+
+
+def test_the_console_says_what_was_scored(prepared, report, capsys):
+    lfw_eval.main(options(prepared))
+    said = capsys.readouterr().out
+    assert "80 of 80 pairs scored (40 genuine, 40 impostor; 10 folds as listed)" in said
+    assert "1 photo undetected, cropped by fixed landmarks: Person_0/Person_0_0001" in said
+    assert str(report) in said and "n/a" in said and "°" in said
+    assert json.loads((report / "eval.json").read_text())["data"]["undetected"] == [
+        "Person_0/Person_0_0001.jpg"
+    ]
+
+
+def test_only_new_photos_are_embedded_and_a_changed_setting_embeds_all(prepared, report, tmp_path):
+    out = tmp_path / "out"
+    few = tmp_path / "few.tsv"
+    names = [f"Person_{i}/Person_{i}_000{n}" for i in range(2) for n in (1, 2)]
+    few.write_text(
+        f"{names[0]}\t{names[1]}.jpg\t1\n{names[2]}\t{names[3]}\t1\n"
+        f"{names[0]}\t{names[2]}\t0\n{names[1]}\t{names[3]}\t0\n"
+    )
+
+    def embedded(**changes: object) -> int:
+        lfw_eval.main(options(prepared, out=out, **changes))
+        return json.loads((out / "run.json").read_text())["photos_embedded"]
+
+    assert embedded(pairs=few) == 4  # with and without suffix are one photo
+    photos = json.loads((report / "eval.json").read_text())["data"]["photos"]
+    assert embedded() == photos - 4
+    assert (out / "eval.json").read_bytes() == (report / "eval.json").read_bytes()
+    assert embedded(pairs=few) == 0
+    assert embedded(pairs=few, flip=False) == 4
+    (out / lfw_eval.CACHE).write_bytes(b"\0" * 100)
+    assert embedded(pairs=few, flip=False) == 4
+
+
+def test_what_was_embedded_before_a_stop_is_kept(prepared, tmp_path, monkeypatch):
+    embed, calls = utils.embed, []
+
+    def stop_at_the_third(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return embed(*arguments)
+
+    monkeypatch.setattr(utils, "embed", stop_at_the_third)
+    stopped = options(prepared, out=tmp_path / "out", batch_size=3)
+    with pytest.raises(KeyboardInterrupt):
+        lfw_eval.main(stopped)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [lfw_eval.CACHE]
+    lfw_eval.main(stopped)
+    run = json.loads((tmp_path / "out" / "run.json").read_text())
+    photos = json.loads((tmp_path / "out" / "eval.json").read_text())["data"]["photos"]
+    assert run["photos_embedded"] == photos - 6
+
+
+# --- galleries ------------------------------------------------------------------------------------
+
+
+def test_the_galleries_hold_every_wrong_pair_the_worst_first(prepared, tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(
+        lfw_eval, "draw_gallery", lambda out, name, rows: drawn.setdefault(name, rows)
+    )
+    lfw_eval.main(options(prepared, out=tmp_path))
+    result = json.loads((tmp_path / "eval.json").read_text())
+    wrong = sum(map(len, drawn.values()))
+    assert wrong == round((1 - result["accuracy"]["mean"]) * result["pairs"]["scored"]) > 0
+    for name, rows in drawn.items():
+        distances = [abs(angle - threshold) for _, _, angle, threshold in rows]
+        assert distances == sorted(distances, reverse=True)
+        for left, right, angle, threshold in rows:
+            same = left.source.split("/")[0] == right.source.split("/")[0]
+            assert same == (angle >= threshold) == (name == "false_negatives")
+
+
+def test_a_gallery_takes_as_many_pages_as_it_needs_and_old_pages_go(prepared, tmp_path):
+    pairs = protocol.read_pairs(prepared / "pairs.txt")
+    photos = lfw_eval.find_photos(pairs, prepared)[0][:2]
+    rows = [(*photos, 80.0 - n / 10, 60.0) for n in range(81)]
+    lfw_eval.draw_gallery(tmp_path, "false_negatives", rows)
+    (tmp_path / "false_positives_01.jpg").write_bytes(b"of the other gallery")
+    pages = [read_image(tmp_path / f"false_negatives_0{n}.jpg") for n in (1, 2, 3)]
+    assert pages[0].shape == pages[1].shape and pages[2].shape[0] < pages[0].shape[0]
+    # The first cell of the last page holds the two crops themselves, give or take the JPEG.
+    for x, photo in ((lfw_eval.GAP, photos[0]), (lfw_eval.GAP + 114, photos[1])):
+        shown = pages[2][40:152, x : x + 112].astype(float)
+        assert np.abs(shown - lfw_eval.read_crop(photo)).mean() < 5
+
+    lfw_eval.draw_gallery(tmp_path, "false_negatives", [])
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "false_negatives_01.jpg", "false_positives_01.jpg",
+    ]  # fmt: skip
+
+
+def test_names_are_short_where_the_folder_repeats_and_cut_where_too_long():
+    def label(source: str) -> str:
+        return lfw_eval.Photo(source, Path(), False).label
+
+    assert label("A_B/A_B_0001.jpg") == "A_B_0001"
+    assert label("id/frontal/01.jpg") == "id/frontal/01"
+    assert lfw_eval.shorten("x" * 30 + "_0001", lambda text: len(text) <= 12).endswith("_0001")
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+
+def refuse(evaluated: config.EvalOptions) -> str:
+    with pytest.raises(InputError) as refusal:
+        lfw_eval.main(evaluated)
+    assert "\n" not in str(refusal.value)
+    return str(refusal.value)
+
+
+def test_row_38_a_pair_that_cannot_be_scored_is_refused_with_its_line(prepared, tmp_path):
+    data = linked(prepared, tmp_path)
+    out, model = tmp_path / "out", prepared.parent / "run"
+    rows = manifest.read_manifest(data)
+    lines = (data / "pairs.txt").read_text().splitlines()
+    cells = lines[1].split("\t")
+    source = f"{cells[0]}/{cells[0]}_{int(cells[1]):04d}.jpg"
+    others = [other for other in rows if other.source != source]
+
+    write_manifest(data, others)
+    said = refuse(options(data, out=out, model=model))
+    assert "pairs.txt:2:" in said and source.removesuffix(".jpg") in said and "is not in" in said
+
+    write_manifest(data, [*others, row(source, manifest.REJECTED)])
+    said = refuse(options(data, out=out, model=model))
+    assert "pairs.txt:2:" in said and "no crop" in said and "--keep-undetected" in said
+
+    write_manifest(data, [*rows, row(source.replace(".jpg", ".png"))])
+    said = refuse(options(data, out=out, model=model))
+    assert "pairs.txt:2:" in said and ".png" in said and "suffix" in said
+
+    extra = Image.new("RGB", (50, 50))
+    for name, write, word in (
+        ("small.jpg", lambda path: extra.save(path), "50x50"),
+        ("text.jpg", lambda path: path.write_text("no image"), " is "),
+        ("absent.jpg", lambda path: None, "cannot be read"),
+    ):
+        write(tmp_path / name)
+        write_manifest(data, [*others, row(source, image=str(tmp_path / name))])
+        said = refuse(options(data, out=out, model=model))
+        assert name in said and word in said and "pre_process.py" in said
+    assert not out.exists() or {p.name for p in out.iterdir()} <= {lfw_eval.CACHE}
+
+
+def test_row_38_the_same_photo_twice_is_refused_under_two_names_too(prepared, tmp_path):
+    a, b = "Person_0/Person_0_0001", "Person_1/Person_1_0001"
+    lines = [f"{a}\t{b}\t0", f"{a}\t{a}.jpg\t1"] * 2
+    (tmp_path / "p.tsv").write_text("\n".join(lines))
+    said = refuse(options(prepared, pairs=tmp_path / "p.tsv", out=tmp_path / "out"))
+    assert "p.tsv:2:" in said and "the same photo" in said
+
+
+def test_bad_folders_and_models_are_refused_before_anything_is_written(prepared, tmp_path):
+    out = tmp_path / "out"
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "manifest.csv").write_text("name,age\nx,3\n")
+    for name in ("text.safetensors", "text.onnx", "text.pt"):
+        (tmp_path / name).write_text("not a model")
+    for changes, words in (
+        ({"data": tmp_path / "absent"}, ("absent", "pre_process.py")),
+        ({"data": empty}, ("manifest.csv", "pre_process.py")),
+        ({"data": other}, ("manifest.csv", "pre_process.py")),
+        ({"pairs": tmp_path / "absent.txt"}, ("absent.txt", "--pairs")),
+        ({"pairs": tmp_path / "text.pt"}, ("text.pt:1", "label")),
+        ({"model": tmp_path / "absent"}, ("absent",)),
+        ({"model": empty}, ("empty", checkpoint.BEST)),
+        ({"model": tmp_path / "text.safetensors"}, ("text.safetensors",)),
+        ({"model": tmp_path / "text.onnx"}, ("text.onnx",)),
+        ({"model": tmp_path / "text.pt"}, ("text.pt",)),
+        ({"device": "tpu"}, ("tpu",)),
+    ):
+        said = refuse(options(prepared, **{"out": out, **changes}))
+        assert all(word in said for word in words), said
+        assert not out.exists()
+    (tmp_path / "file").write_text("")
+    assert "--out" in refuse(options(prepared, out=tmp_path / "file" / "out"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), 0.0])
+def test_row_39_a_network_without_usable_embeddings_gets_no_score(
+    prepared, tmp_path, monkeypatch, value
+):
+    class Broken(torch.nn.Module):
+        def forward(self, batch: torch.Tensor) -> torch.Tensor:
+            return torch.full((len(batch), 8), value)
+
+    monkeypatch.setattr(utils, "load_backbone", lambda *_: Broken())
+    assert "no usable embedding" in refuse(options(prepared, out=tmp_path))
+    assert not (tmp_path / "eval.json").exists()
+
+
+@pytest.mark.filterwarnings("error")
+def test_row_39_a_network_that_sees_no_difference_is_at_chance(prepared, tmp_path, monkeypatch):
+    class Constant(torch.nn.Module):
+        def forward(self, batch: torch.Tensor) -> torch.Tensor:
+            return torch.ones(len(batch), 8)
+
+    monkeypatch.setattr(utils, "load_backbone", lambda *_: Constant())
+    lfw_eval.main(options(prepared, out=tmp_path))
+    result = json.loads((tmp_path / "eval.json").read_text())
+    assert result["accuracy"]["mean"] == result["auc"] == result["eer"] == 0.5
+    assert result["d_prime"] is None and (tmp_path / "theta_dist.png").exists()
+
+
+# --- the command line -----------------------------------------------------------------------------
+
+
+def test_the_report_goes_beside_the_run_or_to_a_folder_of_the_files_name(tmp_path):
+    place = lfw_eval.report_folder
+    named = config.EvalOptions(out=tmp_path)
+    assert place(named, Path("x.onnx")) == tmp_path
+    assert place(config.EvalOptions(), tmp_path / "r" / checkpoint.BEST) == tmp_path / "r" / "lfw"
+    assert place(config.EvalOptions(), Path("a/net.onnx")) == config.RUNS / "net" / "lfw"
+
+
+def test_without_arguments_the_synthetic_faces_are_taken_and_said(tmp_path, monkeypatch, capsys):
+    for name in ("DATA", "RUNS", "RAW", "SYNTHETIC"):
+        monkeypatch.setattr(config, name, tmp_path / name.lower())
+    filled = lfw_eval.with_defaults(config.EvalOptions())
+    assert filled.data == tmp_path / "synthetic" / "test"
+    assert filled.pairs == filled.data / "pairs.txt" and filled.model == tmp_path / "runs" / "demo"
+    assert "synthetic" in capsys.readouterr().out.splitlines()[0]
+
+
+def command(*words: object) -> subprocess.CompletedProcess:
+    """Run the script from another folder, without a display."""
+    environment = {key: value for key, value in os.environ.items() if key != "DISPLAY"}
+    return subprocess.run(
+        [sys.executable, ROOT / "lfw_eval.py", *map(str, words)],
+        capture_output=True, text=True, cwd="/", env=environment, timeout=120,
+    )  # fmt: skip
+
+
+def test_row_40_the_command_works_headless_and_a_bad_input_is_one_line(prepared, report, tmp_path):
+    model = prepared.parent / "run" / checkpoint.BEST
+    done = command("--data", prepared, "--model", model, "--out", tmp_path, "--threads", 1)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert (tmp_path / "eval.json").read_bytes() == (report / "eval.json").read_bytes()
+
+    bad = command("--data", prepared, "--model", prepared / "pairs.txt", "--out", tmp_path / "no")
+    assert bad.returncode == 2 and bad.stderr.count("\n") == 1 and "pairs.txt" in bad.stderr
+    assert "Traceback" not in bad.stderr and not (tmp_path / "no").exists()
+
+    helped = command("--help")
+    assert helped.returncode == 0 and "--no-flip" in helped.stdout

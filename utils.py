@@ -1,0 +1,211 @@
+"""What the scripts share: loading a backbone, embedding crops, seeds, devices, progress.
+
+from utils import embed, load_backbone
+model = load_backbone("runs/first")        # or a .safetensors, or an .onnx
+embeddings = embed(model, crops)           # uint8 (N, 112, 112, 3) RGB -> float32 (N, E)
+"""
+
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import models
+from checkpoint import BEST, load_state, load_weights
+from config import ROOT, InputError
+
+
+def to_batch(crops: np.ndarray | torch.Tensor, device: torch.device | str = "cpu") -> torch.Tensor:
+    """uint8 (N, H, W, 3) RGB -> float32 (N, 3, H, W) in [-1, 1]: (x / 255 - 0.5) / 0.5."""
+    # Moved as bytes, a quarter of the floats. The permuted view is channels-last already.
+    pixels = torch.as_tensor(crops).to(device, non_blocking=True).permute(0, 3, 1, 2)
+    return pixels.float().div_(127.5).sub_(1.0)  # (N, 3, H, W)
+
+
+@torch.inference_mode()
+def embed(model: torch.nn.Module, crops: np.ndarray, flip: bool = True) -> np.ndarray:
+    """uint8 (N, 112, 112, 3) RGB -> float32 (N, E), not normalised.
+
+    With `flip`, the raw embeddings of each crop and of its mirror image are summed: the sum weighs
+    the two by their norms, as the published LFW figures of InsightFace do.
+    """
+    parameter = next(model.parameters(), None)
+    batch = to_batch(crops, "cpu" if parameter is None else parameter.device)
+    embeddings = model(batch)  # (N, E)
+    if flip:
+        embeddings = embeddings + model(batch.flip(3))
+    return embeddings.float().cpu().numpy()
+
+
+def model_file(path: Path) -> Path:
+    """A run folder, .safetensors or .onnx -> the file that holds the weights."""
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"{path} is not there: train a model first (python train.py), or name one")
+    if path.is_dir():
+        best = path / BEST
+        if not best.exists():
+            raise InputError(f"{path} holds no {BEST}: name the folder of a run that has validated")
+        return best
+    if path.suffix not in (".safetensors", ".onnx"):
+        raise InputError(
+            f"{path} is not a model: name a run folder, a .safetensors or an .onnx file"
+        )
+    return path
+
+
+def load_backbone(
+    path: Path | str,
+    device: torch.device | str = "cpu",
+    mean: float = 127.5,
+    std: float = 127.5,
+) -> torch.nn.Module:
+    """A trained network in eval mode: float32 (N, 3, 112, 112) in [-1, 1] -> float32 (N, E).
+
+    `mean` and `std` are those of a foreign .onnx, in pixels; ours says its own.
+    Raises InputError: not there, damaged, or not a model.
+    """
+    file = model_file(Path(path))
+    if file.suffix == ".onnx":
+        return OnnxBackbone(file, mean, std)
+    state, metadata = load_weights(file)
+    try:
+        model = models.create(
+            metadata["network"],
+            embedding_size=int(metadata["embedding_size"]),
+            width=float(metadata["width"]),
+        )
+    except (KeyError, ValueError) as error:
+        raise InputError(
+            f"{file} does not say which network it holds ({error}): "
+            "name a .safetensors that train.py wrote"
+        ) from error
+    load_state(model, state, file)
+    return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+class OnnxBackbone(torch.nn.Module):
+    """An ONNX network behind the interface of ours; a graph of fixed batch 1 is run in a loop."""
+
+    def __init__(self, file: Path, mean: float = 127.5, std: float = 127.5):
+        super().__init__()
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise InputError(f"{file} needs onnxruntime: pip install onnxruntime") from error
+        settings = onnxruntime.SessionOptions()
+        settings.log_severity_level = 3
+        settings.intra_op_num_threads = torch.get_num_threads()
+        try:
+            self.session = onnxruntime.InferenceSession(
+                str(file), settings, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # onnxruntime raises a dozen kinds, none of them public
+            line = str(error).splitlines()[0][:120]
+            raise InputError(
+                f"{file} is not an ONNX network ({line}): name another file"
+            ) from error
+        self.input = self.session.get_inputs()[0]
+        shape = self.input.shape
+        if len(shape) != 4 or shape[1] != 3 or shape[2:] != [112, 112]:
+            raise InputError(f"{file} takes {shape}, not (N, 3, 112, 112) faces: name another file")
+        self.scale, self.shift = 127.5 / std, (127.5 - mean) / std
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        pixels = (batch * self.scale + self.shift).cpu().numpy()  # (N, 3, 112, 112)
+        fixed = self.input.shape[0]
+        size = fixed if isinstance(fixed, int) and fixed > 0 else len(pixels)
+        return torch.from_numpy(
+            np.concatenate([self._run(part, size) for part in _parts(pixels, size)])
+        )
+
+    def _run(self, part: np.ndarray, size: int) -> np.ndarray:
+        missing = size - len(part)  # of the last part, where the graph's batch is fixed above 1
+        padded = np.pad(part, ((0, missing), (0, 0), (0, 0), (0, 0))) if missing else part
+        return self.session.run(None, {self.input.name: padded})[0][: len(part)]  # (size, E)
+
+
+def _parts(array: np.ndarray, size: int) -> list[np.ndarray]:
+    return [array[start : start + size] for start in range(0, len(array), size)]
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto`, `cpu`, `cuda` or `cuda:N` -> a device that is there. Raises InputError."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"--device {name} is unknown: auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device {name} is not supported: auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {name} is not there: {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def commit() -> str:
+    """Short hash of the repo's commit, with + where files differ from it; 'unknown' without git."""
+    git = ["git", "-C", str(ROOT)]
+    try:
+        head = subprocess.run(
+            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True
+        ).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head + ("+" if changed else "")
+
+
+def hardware(device: torch.device) -> str:
+    """One line: the card, or the processor and its threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines()
+                 if line.startswith("model name")]  # fmt: skip
+        name = names[0] if names else name
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+class Progress:
+    """A tqdm bar on a terminal, else one plain line every ten seconds."""
+
+    def __init__(self, total: int, what: str, done: int = 0):
+        self.total, self.what, self.done, self.started_at = total, what, done, done
+        self.start = self.last = time.monotonic()
+        self.bar = None
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=total, initial=done, desc=what, unit="photo", dynamic_ncols=True)
+
+    def update(self, count: int) -> None:
+        self.done += count
+        if self.bar is not None:
+            self.bar.update(count)
+            return
+        now = time.monotonic()
+        if now - self.last >= 10:
+            self.last = now
+            left = (self.total - self.done) / self.rate()
+            print(
+                f"{self.what}: {self.done:,} of {self.total:,}, {self.rate():.1f} photos/s, "
+                f"{int(left) // 60}:{int(left) % 60:02d} left",
+                flush=True,
+            )
+
+    def rate(self) -> float:
+        """Photos per second since the start, without those done before it."""
+        return max(self.done - self.started_at, 1) / max(time.monotonic() - self.start, 1e-9)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
