@@ -12,11 +12,11 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, TiffImagePlugin, WebPImagePlugin  # noqa: F401 (registers them)
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 # What a photo may be inside, whatever its name says. No EPS or PDF: they run an interpreter.
-_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 _NAMED = {"JPEG": (".jpg", ".jpeg"), "PNG": (".png",), "WEBP": (".webp",), "GIF": (".gif",)}
 _BACKGROUND = (255, 255, 255)  # what shows through a transparent pixel
 _MIN_SIDE = 16
@@ -124,4 +124,4 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
 
 def _reason(error: OSError) -> str:
     text = error.strerror or str(error)
-    return "truncated" if "truncated" in text else text.lower()
+    return "truncated" if "truncated" in text.lower() else text.lower()

@@ -1,20 +1,19 @@
 """Drawn faces of invented identities, so that the whole pipeline runs with no data at all.
 
-    from synthetic_faces import draw_face, write_demo
-    photo, landmarks = draw_face(seed=0, identity=7, photo=3)   # uint8 (176, 176, 3) RGB, (5, 2)
-    write_demo(Path("data/synthetic"))                          # train/raw, test/raw, test/pairs.txt
+    photo, landmarks = draw_face(seed=0, identity=7, photo=3)  # uint8 (176, 176, 3) RGB, (5, 2)
+    write_demo(Path("data/synthetic"))                         # train/raw, test/raw, test/pairs.txt
 
-A photo is a function of (seed, identity, photo number): same bytes on any number of workers.
+A photo is a function of (seed, identity, photo): the same bytes on any number of workers.
 An identity is a set of TRAITS (face geometry, eyes, brows, nose, mouth, marks). What changes from
-photo to photo (CONDITIONS: pose, light, expression, hair, glasses, background, noise) is chosen to
-be louder than the traits in the pixels, so that an identity has to be learned.
+photo to photo (CONDITIONS: pose, light, expression, hair, glasses, backdrop, noise) is louder in
+the pixels than the traits are, so that an identity has to be learned.
 
-How it is drawn: the head is a height map z = H(x, y) with a painted albedo in the frontal frame.
-Each pixel of the photo is a ray that is marched to the height map (relief mapping), or that hits
-one of a few ellipsoids (hair, ears, neck, shoulders); the nearest hit is shaded by its normal.
+How it is drawn: the head is a height map z = H(x, y) with an albedo painted in the frontal view.
+Each ray of the camera is marched to the height map (relief mapping: Policarpo, Oliveira and Comba
+2005), or hits one of a few ellipsoids (hair, ears, neck, shoulders); the nearest hit is shaded.
 
-Head frame: x to the viewer's right, y down, z towards the viewer; the unit is half the width of an
-average face (68 mm); the origin is in the middle of the head at the height of the eyes.
+Head frame: x to the right in the photo, y down, z towards the camera; the origin is in the middle
+of the head at the height of the eyes; the unit is half the width of an average face (68 mm).
 """
 
 import os
@@ -26,93 +25,91 @@ from types import SimpleNamespace
 import cv2
 import numpy as np
 
+# The demo: identities, and photos of each; train and test share no identity.
+DEMO_TRAIN = (range(260), 6)
+DEMO_TEST = (range(1000, 1050), 8)
+DEMO_FOLDS, DEMO_PAIRS = 10, 60  # folds, and pairs a fold of each kind
+
 SIZE = 176  # pixels of a photo's side: one size, so that detection can batch
-UNIT = 80  # texels of the face texture to a unit
+RAYS = 1.3  # rays to a pixel along each side, averaged
+UNIT = 80  # texels of the height map and the albedo to a unit
 GRID_X = np.arange(-1.30, 1.30, 1 / UNIT, dtype=np.float32)
 GRID_Y = np.arange(-1.70, 1.80, 1 / UNIT, dtype=np.float32)
-OVERSAMPLE = 1.5  # rays to a pixel, along each side
 
-# What an identity is: name -> lowest and highest value, drawn uniformly. Lengths in units.
+# What an identity is: name -> lowest and highest value. Lengths in units, the rest from 0 to 1.
 TRAITS = {
-    "eye_x": (0.41, 0.51),  # half the distance between the eyes
-    "eye_width": (0.16, 0.235),  # half the length of an eye's opening
-    "eye_height": (0.070, 0.125),
-    "eye_tilt": (-0.035, 0.06),  # how much the outer corner lies above the inner one
+    "eye_x": (0.40, 0.52),  # half the distance between the eyes
+    "eye_width": (0.15, 0.24),  # half the length of an eye's opening
+    "eye_height": (0.065, 0.13),
+    "eye_tilt": (-0.035, 0.06),  # how far the outer corner lies above the inner one
     "lid": (0.03, 0.11),  # height of the crease above the eye
-    "iris_hue": (0.0, 1.0),  # a place in IRIS_COLOURS
-    "brow_height": (0.22, 0.38),  # above the eye's centre
-    "brow_thickness": (0.025, 0.095),
-    "brow_arch": (0.0, 0.11),
-    "brow_tilt": (-0.07, 0.07),
-    "brow_length": (0.20, 0.30),
-    "brow_dark": (0.35, 0.95),
-    "nose_y": (0.46, 0.62),
-    "nose_width": (0.10, 0.21),
+    "iris": (0.0, 1.0),  # a place in IRIS_COLOURS
+    "brow_height": (0.20, 0.42),  # above the eye's centre
+    "brow_thickness": (0.02, 0.11),
+    "brow_arch": (0.0, 0.14),
+    "brow_tilt": (-0.08, 0.09),
+    "brow_length": (0.19, 0.31),
+    "brow_dark": (0.4, 1.0),
+    "nose_y": (0.44, 0.66),
+    "nose_width": (0.09, 0.22),
     "nose_height": (0.26, 0.42),
     "nose_tip": (0.05, 0.13),
     "bridge": (0.06, 0.12),
-    "mouth_gap": (0.38, 0.54),  # from the nose tip down to the mouth
-    "mouth_width": (0.27, 0.42),
+    "mouth_gap": (0.36, 0.58),  # from the nose's tip down to the mouth
+    "mouth_width": (0.25, 0.44),
     "lip_upper": (0.045, 0.11),
     "lip_lower": (0.06, 0.15),
-    "lip_red": (0.1, 1.0),
-    "chin_gap": (0.50, 0.70),  # from the mouth down to the chin
-    "face_width": (0.88, 1.05),
-    "jaw_taper": (0.05, 0.40),
+    "lip_red": (0.0, 1.2),
+    "chin_gap": (0.48, 0.74),  # from the mouth down to the chin
+    "face_width": (0.86, 1.07),
+    "jaw_taper": (0.0, 0.45),
     "jaw_square": (2.8, 5.0),  # exponent of the outline
     "cheek": (-0.02, 0.12),
-    "hairline": (-1.08, -0.74),
-    "melanin": (0.0, 1.0),
+    "hairline": (-1.15, -0.68),
+    "melanin": (0.0, 1.0),  # a place in SKIN_COLOURS
     "fold": (0.0, 1.0),  # lines from the nose to the mouth
     "bags": (0.0, 1.0),  # below the eyes
-    "freckles": (-1.0, 1.0),  # below 0: none
+    "freckles": (-1.0, 1.0),  # none below 0, here and in all that starts below 0
     "dimple": (-1.0, 1.0),
-    "bald": (0.0, 1.0),  # above 0.9: hair cut to the skin
+    "bald": (-4.0, 1.0),
 }
-# What a photo is: name -> lowest and highest value, drawn uniformly.
+# What a photo is: name -> lowest and highest value, of which the middle is likelier.
 CONDITIONS = {
-    "yaw": (-30.0, 30.0),  # degrees
-    "pitch": (-14.0, 14.0),
-    "roll": (-18.0, 18.0),
-    "camera": (7.0, 25.0),  # distance in units: perspective
-    "eye_distance": (33.0, 47.0),  # pixels at SIZE
+    "yaw": (-32.0, 32.0),  # degrees
+    "pitch": (-16.0, 16.0),
+    "roll": (-20.0, 20.0),
+    "camera": (7.0, 25.0),  # its distance, in units
+    "eye_distance": (33.0, 47.0),  # in pixels of a photo of SIZE, frontal
     "shift_x": (-0.07, 0.07),  # share of the photo's side
     "shift_y": (-0.06, 0.06),
-    "light_x": (-1.3, 1.3),  # direction of the key light; z is 1
-    "light_y": (-1.2, 0.35),
-    "key": (0.45, 1.25),
+    "light_x": (-1.5, 1.5),  # direction of the key light, of which z is 1
+    "light_y": (-1.4, 0.5),
+    "key": (0.45, 1.25),  # strength of the key light and of the fill light
     "fill": (0.22, 0.55),
-    "warmth": (-1.0, 1.0),
+    "key_warmth": (-1.0, 1.0),
     "fill_warmth": (-1.0, 1.0),
     "smile": (-0.3, 1.0),
-    "jaw_drop": (-1.2, 1.0),  # below 0: the mouth is closed
+    "jaw_drop": (-1.2, 1.0),
     "brow_raise": (-0.03, 0.05),
-    "eye_open": (0.62, 1.1),
+    "eye_open": (0.65, 1.15),
     "gaze_x": (-0.05, 0.05),
     "gaze_y": (-0.02, 0.02),
-    "hair_tone": (0.0, 1.0),
-    "hair_light": (0.0, 1.0),
+    "hair_tone": (0.0, 1.0),  # a place in HAIR_COLOURS
+    "hair_light": (0.6, 1.3),
     "hair_volume": (0.02, 0.24),
-    "hair_length": (-1.0, 1.0),  # below 0: nothing hangs beside the face
+    "hair_length": (-1.0, 1.0),
     "hairline_shift": (-0.10, 0.16),
     "parting": (-0.35, 0.35),  # slope of the hairline
-    "beard": (-2.0, 1.0),  # below 0: none
-    "glasses": (-4.0, 1.0),  # below 0: none
-    "cap": (-6.0, 1.0),  # below 0: none
-    "blur": (0.0, 0.9),
-    "noise": (0.5, 7.0),
+    "beard": (-2.0, 1.0),
+    "glasses": (-3.0, 1.0),
+    "blur": (0.0, 0.9),  # pixels
+    "noise": (0.5, 6.0),  # grey levels
     "gamma": (0.8, 1.3),
     "saturation": (0.55, 1.15),
 }
-# The demo: identities and photos of each; train and test share no identity.
-DEMO = {
-    "train": (range(150), 9),
-    "test": (range(1000, 1050), 6),
-    "pairs": {"folds": 10, "pairs": 30},
-}
-IRIS_COLOURS = ((52, 30, 18), (96, 58, 28), (122, 96, 48), (88, 112, 72), (92, 132, 168), (128, 140, 148))
-SKIN_COLOURS = ((244, 208, 186), (224, 176, 146), (190, 136, 102), (140, 92, 64), (98, 64, 46))
-HAIR_COLOURS = ((26, 20, 18), (70, 44, 26), (128, 84, 44), (196, 156, 96), (150, 66, 34), (170, 168, 166))
+IRIS_COLOURS = "#341e12 #603a1c #7a6030 #587048 #5c84a8 #808c94"
+SKIN_COLOURS = "#f4d0ba #e0b092 #be8866 #8c5c40 #62402e"
+HAIR_COLOURS = "#c49c60 #80542c #462c1a #1a1412 #462c1a #964222 #aaa8a6"
 
 
 def draw_face(
@@ -121,286 +118,243 @@ def draw_face(
     """Draw photo number `photo` of an invented identity.
 
     Returns the photo, uint8 (size, size, 3) RGB, and its true landmarks in pixels, float64 (5, 2)
-    x,y: left eye, right eye, nose tip, left and right mouth corner as they lie in the image.
+    x,y: left eye, right eye, nose tip, left and right mouth corner as they lie in the photo.
     """
-    face_rng = np.random.default_rng((seed, identity))
-    face = _draw(TRAITS, face_rng)
-    face.marks = face_rng
-    rng = np.random.default_rng((seed, identity, photo + 1))  # (s, i, 0) would equal (s, i)
-    shot = _draw(CONDITIONS, rng)
+    marks = np.random.default_rng((seed, identity))
+    face = _draw(TRAITS, marks)
+    rng = np.random.default_rng((seed, identity, photo + 1))  # (seed, identity, 0) equals `marks`
+    shot = _draw(CONDITIONS, rng, terms=2)
+
     face.mouth_y = face.nose_y + face.mouth_gap - 0.02 * shot.smile
-    face.mouth_half = face.mouth_width + 0.07 * shot.smile
+    face.mouth_x = face.mouth_width + 0.07 * shot.smile
     face.corner_y = face.mouth_y - 0.015 - 0.07 * shot.smile
     face.chin_y = face.mouth_y + face.chin_gap + 0.10 * max(shot.jaw_drop, 0)
+    face.skin = _colour(SKIN_COLOURS, face.melanin)
+    shot.hair = _colour(HAIR_COLOURS, shot.hair_tone) * np.float32(shot.hair_light)
+    shot.rotation = _rotation(shot.yaw, shot.pitch, shot.roll)
+    shot.scale = shot.eye_distance / (2 * face.eye_x) * size / SIZE  # pixels to a unit
+    shot.centre = size * np.array([0.5 + shot.shift_x, 0.46 + shot.shift_y])
 
-    height = _height_map(face, shot)
-    albedo = _paint(face, shot, rng)
-    rotation = _rotation(shot.yaw, shot.pitch, shot.roll)
-    scale = shot.eye_distance / (2 * face.eye_x) * size / SIZE  # pixels to a unit
-    centre = size * (np.array([0.5, 0.46]) + [shot.shift_x, shot.shift_y])
-
-    landmarks = _project(_landmarks(face, height), rotation, shot.camera, scale, centre)
-    pixels = _render(face, shot, rng, height, albedo, rotation, scale, centre, size)
-    return pixels, landmarks
+    height = _height_map(face)
+    landmarks = _landmarks(face, height, shot)
+    return _photograph(face, shot, height, _paint(face, shot, marks), rng, size), landmarks
 
 
-def _draw(table: dict[str, tuple[float, float]], rng: np.random.Generator) -> SimpleNamespace:
+def _draw(table: dict, rng: np.random.Generator, terms: int = 1) -> SimpleNamespace:
+    """A value for each name: uniform, or the mean of several uniform ones, so seldom extreme."""
     low, high = np.array(list(table.values())).T
-    values = low + (high - low) * rng.random(len(table))
+    values = low + (high - low) * rng.random((terms, len(table))).mean(axis=0)
     return SimpleNamespace(**dict(zip(table, values.tolist(), strict=True)))
 
 
-def _mix(colours: tuple, place: float) -> np.ndarray:
-    """The colour at `place` (0 to 1) of a list of colours."""
-    at = place * (len(colours) - 1)
-    k = min(int(at), len(colours) - 2)
-    return np.array(colours[k]) * (k + 1 - at) + np.array(colours[k + 1]) * (at - k)
+def _colour(scale: str, place: float) -> np.ndarray:
+    """The colour at a place, 0 to 1, of a scale of colours: float32 (3,), 0 to 255."""
+    table = np.array([tuple(bytes.fromhex(name[1:])) for name in scale.split()])
+    at = np.linspace(0, 1, len(table))
+    return np.array([np.interp(place, at, channel) for channel in table.T], np.float32)
 
 
-# ---- shape ---------------------------------------------------------------------------------------
+# ---- shape: maps of the grid, float32 (len(GRID_Y), len(GRID_X)) ---------------------------------
 
 
 def _bump(x: float, y: float, sigma_x: float, sigma_y: float) -> np.ndarray:
-    """A Gaussian hill at (x, y) and its mirror image at (-x, y), as one hill where x is 0."""
+    """A Gaussian hill at (x, y) and its mirror image at (-x, y); one hill where x is 0."""
     row = np.exp(-0.5 * ((GRID_X - x) / sigma_x) ** 2)
     if x:
-        row = row + np.exp(-0.5 * ((GRID_X + x) / sigma_x) ** 2)
-    return np.outer(np.exp(-0.5 * ((GRID_Y - y) / sigma_y) ** 2), row).astype(np.float32)
+        row += np.exp(-0.5 * ((GRID_X + x) / sigma_x) ** 2)
+    return np.outer(np.exp(-0.5 * ((GRID_Y - y) / sigma_y) ** 2), row)
 
 
-def _height_map(face: SimpleNamespace, shot: SimpleNamespace) -> np.ndarray:
-    """z of the head's surface over the grid, float32 (len(GRID_Y), len(GRID_X))."""
+def _height_map(face: SimpleNamespace) -> np.ndarray:
+    """z of the head's front; beyond its outline it falls steeply: the side of the head."""
     down = np.clip(GRID_Y / face.chin_y, 0, None)
     half_width = face.face_width * (1 - face.jaw_taper * np.clip(down, 0, 1) ** 1.6)
     across = np.abs(GRID_X[None] / half_width[:, None]) ** 2.3
-    along = np.where(GRID_Y > 0, down**face.jaw_square, (np.abs(GRID_Y) / 1.62) ** 2.2)
+    along = np.where(GRID_Y > 0, down**face.jaw_square, np.abs(GRID_Y / 1.62) ** 2.2)
     inside = 1 - across - along[:, None]
-    # below 0 the surface goes on steeply backwards: the side of the head
     z = 1.25 * np.sign(inside) * np.abs(inside) ** 0.45
 
-    nose_y, mouth_y = face.nose_y, face.mouth_y
-    z -= _bump(face.eye_x, -0.03, 0.24, 0.17) * 0.17
-    z += _bump(face.eye_x, 0.0, 0.13, 0.09) * 0.09
-    z += _bump(0.30, -face.brow_height, 0.28, 0.10) * 0.07
-    z += _bump(0.62, nose_y - 0.1, 0.20, 0.22) * face.cheek
-    z += _bump(0.0, mouth_y, 0.36, 0.22) * 0.07
-    z += _bump(0.0, face.chin_y - 0.20, 0.24, 0.15) * 0.13
-    z += _nose(face)
-    upper, lower = face.lip_upper, face.lip_lower
-    z += _bump(0.0, mouth_y - 0.55 * upper, face.mouth_half * 0.55, upper * 0.55) * upper * 0.8
-    z += _bump(0.0, mouth_y + 0.60 * lower, face.mouth_half * 0.50, lower * 0.55) * lower * 0.9
-    z -= _bump(0.0, mouth_y, face.mouth_half * 0.8, 0.022) * 0.045
-    z -= _bump(face.mouth_half + 0.03, face.corner_y, 0.05, 0.05) * 0.03
-    z -= _bump(0.0, mouth_y + lower + 0.10, 0.22, 0.06) * 0.05
-    if face.dimple > 0:
-        z -= _bump(0.0, face.chin_y - 0.20, 0.025, 0.06) * 0.05 * face.dimple
-    return z
+    mouth_y, upper, lower = face.mouth_y, face.lip_upper, face.lip_lower
+    z -= 0.17 * _bump(face.eye_x, -0.03, 0.24, 0.17)  # sockets, eyeballs, ridge of the brows
+    z += 0.09 * _bump(face.eye_x, 0, 0.13, 0.09)
+    z += 0.07 * _bump(0.30, -face.brow_height, 0.28, 0.10)
+    z += face.cheek * _bump(0.62, face.nose_y - 0.1, 0.20, 0.22)
+    z += 0.07 * _bump(0, mouth_y, 0.36, 0.22)
+    z += 0.8 * upper * _bump(0, mouth_y - 0.55 * upper, 0.55 * face.mouth_x, 0.55 * upper)
+    z += 0.9 * lower * _bump(0, mouth_y + 0.60 * lower, 0.50 * face.mouth_x, 0.55 * lower)
+    z -= 0.045 * _bump(0, mouth_y, 0.8 * face.mouth_x, 0.022)
+    z -= 0.03 * _bump(face.mouth_x + 0.03, face.corner_y, 0.05, 0.05)
+    z -= 0.05 * _bump(0, mouth_y + lower + 0.10, 0.22, 0.06)
+    z += 0.13 * _bump(0, face.chin_y - 0.20, 0.24, 0.15)
+    z -= 0.05 * max(face.dimple, 0) * _bump(0, face.chin_y - 0.20, 0.025, 0.06)
+    return z + _nose(face)
 
 
 def _nose(face: SimpleNamespace) -> np.ndarray:
     rise = np.clip((GRID_Y + 0.18) / (face.nose_y + 0.18), 0, 1) ** 1.2
     fall = 1 / (1 + np.exp((GRID_Y - face.nose_y - 0.07) / 0.035))
     sigma = face.bridge + 0.35 * face.nose_width * rise**3
-    ridge = np.exp(-0.5 * (GRID_X[None] / sigma[:, None]) ** 2)
-    z = (face.nose_height * rise * fall)[:, None] * ridge
-    z = z + _bump(0.0, face.nose_y, face.nose_tip, 0.075) * 0.09
-    return z + _bump(face.nose_width, face.nose_y + 0.035, 0.055, 0.065) * 0.11
+    z = (face.nose_height * rise * fall)[:, None] * np.exp(-0.5 * (GRID_X / sigma[:, None]) ** 2)
+    z += 0.09 * _bump(0, face.nose_y, face.nose_tip, 0.075)
+    return z + 0.11 * _bump(face.nose_width, face.nose_y + 0.035, 0.055, 0.065)
 
 
-def _landmarks(face: SimpleNamespace, height: np.ndarray) -> np.ndarray:
-    """The five points in the head frame, (5, 3)."""
-    mouth = 0.97 * face.mouth_half
-    points = np.array(
-        [
-            (-face.eye_x, 0.0),
-            (face.eye_x, 0.0),
-            (0.0, face.nose_y),
-            (-mouth, face.corner_y),
-            (mouth, face.corner_y),
-        ]
-    )
-    column = np.rint((points[:, 0] - GRID_X[0]) * UNIT).astype(int)
-    row = np.rint((points[:, 1] - GRID_Y[0]) * UNIT).astype(int)
-    return np.column_stack([points, height[row, column]])
+def _landmarks(face: SimpleNamespace, height: np.ndarray, shot: SimpleNamespace) -> np.ndarray:
+    """The five points as the camera sees them, in pixels, float64 (5, 2)."""
+    mouth_x = 0.97 * face.mouth_x
+    x = np.array([-face.eye_x, face.eye_x, 0, -mouth_x, mouth_x])
+    y = np.array([0, 0, face.nose_y, face.corner_y, face.corner_y])
+    row, column = (np.rint((v - g[0]) * UNIT).astype(int) for v, g in ((y, GRID_Y), (x, GRID_X)))
+    seen = np.column_stack([x, y, height[row, column]]) @ shot.rotation.T  # (5, 3)
+    return seen[:, :2] / (1 - seen[:, 2:] / shot.camera) * shot.scale + shot.centre
 
 
-# ---- paint ---------------------------------------------------------------------------------------
+# ---- paint: the albedo, float32 (len(GRID_Y), len(GRID_X), 3), 0 to 255 --------------------------
 
 
-class _Canvas:
-    """The frontal albedo, uint8 RGB, drawn in units with anti-aliased polygons."""
-
-    def __init__(self, colour: np.ndarray):
-        self.image = np.empty((len(GRID_Y), len(GRID_X), 3), np.float32)
-        self.image[:] = colour
-
-    def tint(self, weight: np.ndarray, colour) -> None:
-        """Blend a colour in, where the weight (a map of the grid) is high."""
-        rows = np.flatnonzero(weight.max(axis=1) > 0.004)
-        columns = np.flatnonzero(weight.max(axis=0) > 0.004)
-        if len(rows) == 0:
-            return
-        part = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]  # most tints are small
-        colour = np.asarray(colour, np.float32)
-        self.image[part] += np.clip(weight[part], 0, 1)[..., None] * (colour - self.image[part])
-
-    def mask(self, points: np.ndarray, thickness: float = 0.0, soft: float = 0.0) -> np.ndarray:
-        """A polygon (thickness 0) or a line as weights in 0..1; soft is a blur in units."""
-        weight = np.zeros(self.image.shape[:2], np.uint8)
-        at = np.rint(((points - (GRID_X[0], GRID_Y[0])) * UNIT) * 16).astype(np.int32)
-        if thickness:
-            width = max(1, round(thickness * UNIT))
-            cv2.polylines(weight, [at], False, 255, width, cv2.LINE_AA, shift=4)
-        else:
-            cv2.fillPoly(weight, [at], 255, cv2.LINE_AA, shift=4)
-        if soft:
-            weight = cv2.GaussianBlur(weight, (0, 0), soft * UNIT)
-        return weight.astype(np.float32) / 255
+def _tint(image: np.ndarray, weight: np.ndarray, colour: np.ndarray | tuple) -> None:
+    """Blend a colour into the image, as far as the weight, a map of the grid, says."""
+    rows = np.flatnonzero(weight.max(axis=1) > 0.004)
+    columns = np.flatnonzero(weight.max(axis=0) > 0.004)
+    if len(rows):  # most tints are small, so only the box that holds them is touched
+        box = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        image[box] += np.clip(weight[box], 0, 1)[..., None] * (np.float32(colour) - image[box])
 
 
-def _paint(face: SimpleNamespace, shot: SimpleNamespace, rng: np.random.Generator) -> np.ndarray:
-    skin = _mix(SKIN_COLOURS, face.melanin)
-    hair = _hair_colour(shot)
-    canvas = _Canvas(skin)
-    red = skin * (1.0, 0.72, 0.68)
-    canvas.tint(_bump(0.58, face.nose_y - 0.02, 0.22, 0.2) * 0.35, red)
-    canvas.tint(_bump(0.0, face.nose_y, 0.12, 0.10) * 0.35, red)
-    canvas.tint(_bump(face.eye_x, 0.0, 0.22, 0.14) * 0.35, skin * (0.72, 0.66, 0.68))
-    canvas.tint(_bump(face.eye_x, 0.17, 0.15, 0.035) * 0.5 * face.bags, skin * 0.6)
-    _paint_marks(canvas, face, skin)
+def _stroke(x, y, thickness: float = 0.0, soft: float = 0.01) -> np.ndarray:
+    """A line, or a filled polygon where the thickness is 0, as a map of weights from 0 to 1."""
+    weight = np.zeros((len(GRID_Y), len(GRID_X)), np.uint8)
+    at = np.column_stack([(x - GRID_X[0]), (y - GRID_Y[0])]) * (UNIT * 16)
+    at = np.rint(at).astype(np.int32)  # OpenCV takes 1/16 texels with shift=4
+    if thickness:
+        cv2.polylines(weight, [at], False, 255, max(1, round(thickness * UNIT)), cv2.LINE_AA, 4)
+    else:
+        cv2.fillPoly(weight, [at], 255, cv2.LINE_AA, 4)
+    return cv2.GaussianBlur(weight, (0, 0), soft * UNIT).astype(np.float32) / 255
+
+
+def _lens(x: np.ndarray, top: np.ndarray, bottom: np.ndarray, soft: float = 0.006) -> np.ndarray:
+    """The area between two curves over the same x."""
+    return _stroke(np.append(x, x[::-1]), np.append(top, bottom[::-1]), soft=soft)
+
+
+def _paint(face: SimpleNamespace, shot: SimpleNamespace, marks: np.random.Generator) -> np.ndarray:
+    skin = face.skin
+    image = np.tile(skin, (len(GRID_Y), len(GRID_X), 1))
+    _tint(image, 0.35 * _bump(0.58, face.nose_y - 0.02, 0.22, 0.2), skin * (1.0, 0.72, 0.68))
+    _tint(image, 0.35 * _bump(0, face.nose_y, 0.12, 0.10), skin * (1.0, 0.72, 0.68))
+    _tint(image, 0.35 * _bump(face.eye_x, 0, 0.22, 0.14), skin * (0.72, 0.66, 0.68))
+    _tint(image, 0.5 * face.bags * _bump(face.eye_x, 0.17, 0.15, 0.035), skin * 0.6)
+    _paint_marks(image, face, marks)
     if shot.beard > 0:
-        below = 1 / (1 + np.exp(-(GRID_Y - face.nose_y - 0.14 + 0.5 * 0) / 0.05))
-        beard = below[:, None] * (1 - 0.6 * _bump(0.0, face.mouth_y, face.mouth_half, 0.14))
-        beard = beard + _bump(0.9, face.mouth_y - 0.3, 0.12, 0.4)
-        canvas.tint(np.clip(beard, 0, 1) * (0.25 + 0.5 * shot.beard), 0.7 * hair + 0.15 * skin)
-    _paint_mouth(canvas, face, shot, skin)
-    _paint_nose(canvas, face, skin)
+        below = 1 / (1 + np.exp((face.nose_y + 0.14 - GRID_Y) / 0.05))
+        beard = below[:, None] * (1 - 0.6 * _bump(0, face.mouth_y, face.mouth_x, 0.14))
+        beard += _bump(0.9, face.mouth_y - 0.3, 0.12, 0.4)
+        _tint(image, (0.25 + 0.5 * shot.beard) * beard, 0.7 * shot.hair + 0.15 * skin)
+    _paint_nose(image, face)
+    _paint_mouth(image, face, shot)
     for side in (-1, 1):
-        _paint_eye(canvas, face, shot, skin, side)
-        _paint_brow(canvas, face, shot, hair, skin, side)
+        _paint_eye(image, face, shot, side)
+        _paint_brow(image, face, shot, side)
     if shot.glasses > 0:
-        _paint_glasses(canvas, face, shot)
-    return canvas.image
+        _paint_glasses(image, face, shot)
+    return image
 
 
-def _paint_marks(canvas: _Canvas, face: SimpleNamespace, skin: np.ndarray) -> None:
-    """Freckles and moles: where they are belongs to the identity."""
-    rng = face.marks
-    spots = rng.uniform((-0.75, -0.7), (0.75, 1.4), (5, 2))
-    for (x, y), radius in zip(spots[: rng.integers(0, 6)], rng.uniform(0.02, 0.045, 5), strict=False):
-        turn = np.linspace(0, 2 * np.pi, 12)
-        circle = np.column_stack([x + radius * np.cos(turn), y + radius * np.sin(turn)])
-        canvas.tint(canvas.mask(circle, soft=0.01), skin * (0.36, 0.27, 0.25))
+def _paint_marks(image: np.ndarray, face: SimpleNamespace, marks: np.random.Generator) -> None:
+    """Moles and freckles: where they are belongs to the identity."""
+    turn = np.linspace(0, 2 * np.pi, 12)
+    for _ in range(marks.integers(1, 5)):
+        x, y, radius = marks.uniform((-0.75, -0.7, 0.022), (0.75, 1.4, 0.05))
+        mole = _stroke(x + radius * np.cos(turn), y + radius * np.sin(turn))
+        _tint(image, mole, face.skin * (0.36, 0.27, 0.25))
     if face.freckles > 0:
-        noise = rng.standard_normal((len(GRID_Y), len(GRID_X))).astype(np.float32)
-        noise = cv2.GaussianBlur(noise, (0, 0), 1.1) * 4
-        where = _bump(0.36, face.nose_y - 0.18, 0.26, 0.17) + _bump(0.0, face.nose_y - 0.2, 0.2, 0.2)
-        canvas.tint(np.clip(noise - 0.9, 0, 1) * where * face.freckles, skin * (0.55, 0.42, 0.36))
+        spots = marks.standard_normal((len(GRID_Y), len(GRID_X)), np.float32)
+        spots = np.clip(4 * cv2.GaussianBlur(spots, (0, 0), 1.1) - 0.9, 0, 1)
+        where = _bump(0.36, face.nose_y - 0.18, 0.26, 0.17) + _bump(0, face.nose_y - 0.2, 0.2, 0.2)
+        _tint(image, 0.8 * face.freckles * where * spots, face.skin * (0.60, 0.47, 0.40))
     for side in (-1, 1):
-        line = [(0.20, 0.02), (0.30, 0.12), (0.40, 0.27), (0.43, 0.40)]
-        line = (np.array(line) + (face.nose_width - 0.12, face.nose_y)) * (side, 1)
-        canvas.tint(canvas.mask(line, 0.02, soft=0.018) * face.fold, skin * 0.6)
+        x = side * (np.array([0.08, 0.18, 0.28, 0.31]) + face.nose_width)
+        y = np.array([0.02, 0.12, 0.27, 0.40]) + face.nose_y
+        _tint(image, face.fold * _stroke(x, y, 0.02, soft=0.025), face.skin * 0.6)
 
 
-def _paint_nose(canvas: _Canvas, face: SimpleNamespace, skin: np.ndarray) -> None:
+def _paint_nose(image: np.ndarray, face: SimpleNamespace) -> None:
     nostril = _bump(0.62 * face.nose_width, face.nose_y + 0.075, 0.035, 0.020)
-    canvas.tint(nostril * 0.95, skin * (0.25, 0.17, 0.16))
     wing = _bump(face.nose_width + 0.06, face.nose_y + 0.04, 0.018, 0.06)
-    canvas.tint(wing * 0.35, skin * (0.5, 0.4, 0.4))
+    _tint(image, 0.95 * nostril, face.skin * (0.25, 0.17, 0.16))
+    _tint(image, 0.35 * wing, face.skin * (0.5, 0.4, 0.4))
 
 
-def _paint_mouth(
-    canvas: _Canvas, face: SimpleNamespace, shot: SimpleNamespace, skin: np.ndarray
-) -> None:
+def _paint_mouth(image: np.ndarray, face: SimpleNamespace, shot: SimpleNamespace) -> None:
     u = np.linspace(-1, 1, 25)
-    x = u * face.mouth_half
-    arch = 1 - u**2
+    x, arch = u * face.mouth_x, 1 - u**2
     line = face.corner_y + (face.mouth_y - face.corner_y) * arch**0.8
     gap = 0.13 * max(shot.jaw_drop, 0) * arch
-    bow = face.lip_upper * (arch**0.7) * (1 - 0.28 * np.exp(-((u / 0.16) ** 2)))
     top, bottom = line - 0.35 * gap, line + 0.65 * gap
-    red = skin * (0.90, 0.80 - 0.36 * face.lip_red, 0.80 - 0.30 * face.lip_red)
-
-    def lens(upper: np.ndarray, lower: np.ndarray) -> np.ndarray:
-        return np.concatenate([np.column_stack([x, upper]), np.column_stack([x, lower])[::-1]])
-
-    canvas.tint(canvas.mask(lens(top - bow, top), soft=0.008) * 0.9, red * 0.88)
-    canvas.tint(canvas.mask(lens(bottom, bottom + face.lip_lower * arch**0.6), soft=0.008) * 0.9, red)
+    bow = face.lip_upper * arch**0.7 * (1 - 0.28 * np.exp(-((u / 0.16) ** 2)))
+    red = face.skin * (0.90, 0.80 - 0.36 * face.lip_red, 0.80 - 0.30 * face.lip_red)
+    _tint(image, 0.9 * _lens(x, top - bow, top), red * 0.88)
+    _tint(image, 0.9 * _lens(x, bottom, bottom + face.lip_lower * arch**0.6), red)
     if shot.jaw_drop > 0.05:
-        hole = canvas.mask(lens(top, bottom), soft=0.005)
-        teeth = np.clip(1.2 - (GRID_Y - face.mouth_y + 0.02) / 0.07, 0, 1)[:, None]
-        canvas.tint(hole, (58, 24, 24))
-        canvas.tint(hole * teeth * 0.9, (214, 206, 194))
-    canvas.tint(canvas.mask(np.column_stack([x, top]), 0.014, soft=0.006), red * 0.35)
+        opening = _lens(x, top, bottom)
+        teeth = np.clip(1.2 - (GRID_Y - face.mouth_y + 0.02) / 0.07, 0, 0.9)[:, None]
+        _tint(image, opening, (58, 24, 24))
+        _tint(image, opening * teeth, (214, 206, 194))
+    _tint(image, _stroke(x, top, 0.014), red * 0.35)
 
 
-def _paint_eye(
-    canvas: _Canvas, face: SimpleNamespace, shot: SimpleNamespace, skin: np.ndarray, side: int
-) -> None:
-    u = np.linspace(-1, 1, 21)
-    # u runs from the inner corner to the outer one; the upper lid is highest before the middle
-    tilt = -face.eye_tilt * u
-    upper = tilt - face.eye_height * shot.eye_open * (1 - np.abs(u + 0.1 * (1 - u**2)) ** 2.2)
-    lower = tilt + 0.62 * face.eye_height * (1 - np.abs(u - 0.12 * (1 - u**2)) ** 2.2)
+def _paint_eye(image: np.ndarray, face: SimpleNamespace, shot: SimpleNamespace, side: int) -> None:
+    u = np.linspace(-1, 1, 21)  # from the inner corner to the outer one
     x = side * (face.eye_x + u * face.eye_width)
+    opened = face.eye_height * shot.eye_open
+    upper = -face.eye_tilt * u - opened * (1 - np.abs(u + 0.1 * (1 - u**2)) ** 2.2)
+    lower = -face.eye_tilt * u + 0.62 * face.eye_height * (1 - np.abs(u - 0.12 * (1 - u**2)) ** 2.2)
+    crease = upper - face.lid * (1 - 0.3 * u**2)
+    _tint(image, _stroke(x, crease, 0.02), face.skin * 0.45)
 
-    def line(y: np.ndarray) -> np.ndarray:
-        return np.column_stack([x, y])
-
-    opening = canvas.mask(np.concatenate([line(upper), line(lower)[::-1]]))
-    canvas.tint(canvas.mask(line(upper - face.lid * (1 - 0.3 * u**2)), 0.02, soft=0.012), skin * 0.45)
-    canvas.tint(opening, (226, 220, 214))
-    centre_x, centre_y = side * face.eye_x + shot.gaze_x, -0.012 + shot.gaze_y
-    distance = np.hypot(GRID_X[None] - centre_x, GRID_Y[:, None] - centre_y)
-    iris = _mix(IRIS_COLOURS, face.iris_hue)
+    opening = _lens(x, upper, lower)
+    _tint(image, opening, (226, 220, 214))
+    across = GRID_X - side * face.eye_x - shot.gaze_x
+    down = (GRID_Y + 0.012 - shot.gaze_y)[:, None]
+    iris = _colour(IRIS_COLOURS, face.iris)
     for radius, colour in ((0.098, iris * 0.45), (0.086, iris), (0.042, (12, 10, 10))):
-        canvas.tint(opening * np.clip((radius - distance) * UNIT + 0.5, 0, 1), colour)
-    shine = np.hypot(GRID_X[None] - centre_x - 0.025 * shot.light_x, GRID_Y[:, None] - centre_y + 0.03)
-    canvas.tint(opening * np.clip((0.02 - shine) * UNIT + 0.5, 0, 1), (255, 255, 255))
-    shade = np.clip(1 - (GRID_Y[:, None] + face.eye_height * shot.eye_open) / 0.06, 0, 1)
-    canvas.tint(opening * shade * 0.6, (40, 30, 28))
-    canvas.tint(canvas.mask(line(upper), 0.032, soft=0.006), skin * 0.16)
-    canvas.tint(canvas.mask(line(lower), 0.014, soft=0.006) * 0.7, skin * (0.5, 0.36, 0.36))
+        disc = np.clip((radius - np.hypot(across, down)) * UNIT + 0.5, 0, 1)
+        _tint(image, opening * disc, colour)
+    glint = (0.02 - np.hypot(across - 0.025 * shot.light_x, down + 0.03)) * UNIT + 0.5
+    _tint(image, opening * np.clip(glint, 0, 1), (255, 255, 255))
+    _tint(image, opening * np.clip(0.6 - (GRID_Y[:, None] + opened) / 0.1, 0, 0.6), (40, 30, 28))
+    _tint(image, _stroke(x, upper, 0.032), face.skin * 0.16)
+    _tint(image, 0.7 * _stroke(x, lower, 0.014), face.skin * (0.5, 0.36, 0.36))
 
 
-def _paint_brow(
-    canvas: _Canvas,
-    face: SimpleNamespace,
-    shot: SimpleNamespace,
-    hair: np.ndarray,
-    skin: np.ndarray,
-    side: int,
-) -> None:
+def _paint_brow(image: np.ndarray, face: SimpleNamespace, shot: SimpleNamespace, side: int) -> None:
     u = np.linspace(-1, 1, 15)
     x = side * (face.eye_x + 0.02 + u * face.brow_length)
     y = -face.brow_height - shot.brow_raise - face.brow_arch * (1 - (u - 0.25) ** 2)
-    y = y - face.brow_tilt * u
-    half = 0.5 * face.brow_thickness * np.clip(1.15 - 0.75 * np.clip(u, 0, 1) ** 1.5, 0, 1)
-    shape = np.concatenate([np.column_stack([x, y - half]), np.column_stack([x, y + half])[::-1]])
-    colour = 0.25 * hair + 0.08 * skin
-    canvas.tint(canvas.mask(shape, soft=0.014) * face.brow_dark, colour)
+    y -= face.brow_tilt * u
+    half = 0.5 * face.brow_thickness * (1 - 0.75 * np.clip(u, 0, 1) ** 1.5)
+    brow = face.brow_dark * _lens(x, y - half, y + half, soft=0.014)
+    _tint(image, brow, 0.25 * shot.hair + 0.08 * face.skin)
 
 
-def _paint_glasses(canvas: _Canvas, face: SimpleNamespace, shot: SimpleNamespace) -> None:
+def _paint_glasses(image: np.ndarray, face: SimpleNamespace, shot: SimpleNamespace) -> None:
     turn = np.linspace(0, 2 * np.pi, 40)
-    square = np.sign(np.cos(turn)) * np.abs(np.cos(turn)) ** 0.6
+    across = 0.30 * np.sign(np.cos(turn)) * np.abs(np.cos(turn)) ** 0.6
+    frame = (40 + 60 * shot.glasses, 34, 30)
     for side in (-1, 1):
-        rim = np.column_stack([side * face.eye_x + 0.30 * square, 0.05 + 0.22 * np.sin(turn)])
-        canvas.tint(canvas.mask(rim) * 0.12, (200, 215, 225))
-        canvas.tint(canvas.mask(rim, 0.035), (40 + 60 * shot.glasses, 34, 30))
-    bridge = np.array([(-face.eye_x + 0.30, 0.0), (0.0, -0.04), (face.eye_x - 0.30, 0.0)])
-    canvas.tint(canvas.mask(bridge, 0.03), (40 + 60 * shot.glasses, 34, 30))
-
-
-def _hair_colour(shot: SimpleNamespace) -> np.ndarray:
-    return _mix(HAIR_COLOURS, shot.hair_tone) * (0.6 + 0.7 * shot.hair_light)
+        rim = (side * face.eye_x + across, 0.05 + 0.22 * np.sin(turn))
+        _tint(image, 0.12 * _stroke(*rim), (200, 215, 225))
+        _tint(image, _stroke(*rim, 0.035), frame)
+    bridge = (face.eye_x - 0.30) * np.array([-1, 0, 1])
+    _tint(image, _stroke(bridge, np.array([0, -0.04, 0]), 0.03), frame)
 
 
 # ---- camera --------------------------------------------------------------------------------------
 
 
 def _rotation(yaw: float, pitch: float, roll: float) -> np.ndarray:
-    """Head frame to camera frame, (3, 3): pitch, then yaw, then roll; degrees."""
+    """From the head's frame to the camera's, (3, 3): pitch, then yaw, then roll, in degrees."""
     (cy, cp, cr), (sy, sp, sr) = (f(np.radians([yaw, pitch, roll])) for f in (np.cos, np.sin))
     about_x = np.array([(1, 0, 0), (0, cp, -sp), (0, sp, cp)])
     about_y = np.array([(cy, 0, sy), (0, 1, 0), (-sy, 0, cy)])
@@ -408,27 +362,25 @@ def _rotation(yaw: float, pitch: float, roll: float) -> np.ndarray:
     return about_z @ about_y @ about_x
 
 
-def _project(
-    points: np.ndarray, rotation: np.ndarray, camera: float, scale: float, centre: np.ndarray
-) -> np.ndarray:
-    """Head-frame points (N, 3) to pixels (N, 2)."""
-    seen = points @ rotation.T  # (N, 3)
-    return seen[:, :2] / (1 - seen[:, 2:] / camera) * scale + centre
-
-
 class _Rays:
-    """One ray a pixel, in a body's frame: start + depth * step, each (H, W) for x, y and z."""
+    """The camera's rays in the frame of a body: start + depth * step, each 3 x (side, side)."""
 
-    def __init__(self, x: np.ndarray, y: np.ndarray, camera: float, rotation: np.ndarray):
+    def __init__(self, shot: SimpleNamespace, rotation: np.ndarray, size: int):
+        side = round(size * RAYS)
+        pixel = (np.arange(side) + 0.5) * (size / side) - 0.5
+        x, y = np.meshgrid(*((pixel[None] - shot.centre[:, None]) / shot.scale).astype(np.float32))
         self.rotation = rotation.astype(np.float32)
-        turn = rotation.T.astype(np.float32)
-        self.start = [row[0] * x + row[1] * y for row in turn]
-        self.step = [row[2] - (row[0] * x + row[1] * y) / np.float32(camera) for row in turn]
+        self.start = [row[0] * x + row[1] * y for row in self.rotation.T]
+        away = np.float32(1 / shot.camera)
+        self.step = [
+            row[2] - away * start for row, start in zip(self.rotation.T, self.start, strict=True)
+        ]
 
-    def at(self, axis: int, depth: np.ndarray | float) -> np.ndarray:
-        return self.start[axis] + depth * self.step[axis]
+    def at(self, depth: np.ndarray, where=...) -> list[np.ndarray]:
+        """x, y and z at a depth, of all rays or of those of a mask."""
+        return [a[where] + depth * b[where] for a, b in zip(self.start, self.step, strict=True)]
 
-    def ellipsoid(self, centre: tuple, radii: tuple) -> np.ndarray:
+    def to_ellipsoid(self, centre: tuple, radii: tuple) -> np.ndarray:
         """Depth of the hit nearest to the camera, -inf where there is none: a quadratic's root."""
         a = b = c = 0.0
         for start, step, middle, radius in zip(self.start, self.step, centre, radii, strict=True):
@@ -437,195 +389,185 @@ class _Rays:
         square = b * b - a * (c - 1)
         return np.where(square > 0, (np.sqrt(np.maximum(square, 0)) - b) / a, -np.inf)
 
-    def height_map(self, height: np.ndarray, steps: int = 26, halvings: int = 5) -> np.ndarray:
-        """Depth at which the ray, coming from the camera, first dips below the height map."""
+    def to_height_map(self, height: np.ndarray, steps: int = 18, halvings: int = 5) -> np.ndarray:
+        """Depth at which each ray first dips below the map, -inf where it does not."""
         nearest, farthest = 2.0, -0.7
-        stride = np.float32((nearest - farthest) / steps)
-        depth = np.full(self.start[0].shape, nearest, np.float32)
-        done = np.zeros(depth.shape, bool)
+        stride = (nearest - farthest) / steps
+        depth = np.full_like(self.start[0], nearest)
+        hit = np.zeros(depth.shape, bool)
         for _ in range(steps):
-            depth -= stride * ~done
-            done |= self._above(height, depth) < 0
-        below, above = depth, depth + stride
-        for _ in range(halvings):
-            middle = (below + above) / 2
-            hit = self._above(height, middle) < 0
-            below, above = np.where(hit, middle, below), np.where(hit, above, middle)
-        return np.where(done & (self.at(2, above) > -0.6), above, -np.inf).astype(np.float32)
+            depth -= np.float32(stride) * ~hit
+            hit |= self._is_below(height, depth)
+        for _ in range(halvings):  # the surface lies between depth and depth + stride
+            stride /= 2
+            middle = depth + np.float32(stride)
+            depth = np.where(self._is_below(height, middle), middle, depth)
+        return np.where(hit & (self.at(depth)[2] > -0.6), depth, -np.inf)
 
-    def _above(self, height: np.ndarray, depth: np.ndarray) -> np.ndarray:
-        column, row = (self.at(0, depth) - GRID_X[0]) * UNIT, (self.at(1, depth) - GRID_Y[0]) * UNIT
-        surface = cv2.remap(
-            height, column, row, cv2.INTER_LINEAR, None, cv2.BORDER_CONSTANT, (-9.0,)
-        )
-        return self.at(2, depth) - surface
+    def _is_below(self, height: np.ndarray, depth: np.ndarray) -> np.ndarray:
+        x, y, z = self.at(depth)
+        column, row = (x - GRID_X[0]) * UNIT, (y - GRID_Y[0]) * UNIT
+        beyond = (cv2.BORDER_CONSTANT, (-9.0,))
+        return z < cv2.remap(height, column, row, cv2.INTER_LINEAR, None, *beyond)
 
 
 # ---- light ---------------------------------------------------------------------------------------
 
 
-def _render(
+def _photograph(
     face: SimpleNamespace,
     shot: SimpleNamespace,
-    rng: np.random.Generator,
     height: np.ndarray,
     albedo: np.ndarray,
-    rotation: np.ndarray,
-    scale: float,
-    centre: np.ndarray,
+    rng: np.random.Generator,
     size: int,
 ) -> np.ndarray:
-    wide = round(size * OVERSAMPLE)
-    pixel = (np.arange(wide, dtype=np.float32) + 0.5) * (size / wide) - 0.5
-    x, y = np.meshgrid((pixel - centre[0]) / scale, (pixel - centre[1]) / scale)
-    x, y = x.astype(np.float32), y.astype(np.float32)
-    head = _Rays(x, y, shot.camera, rotation)
-    body = _Rays(x, y, shot.camera, _rotation(0.25 * shot.yaw, 0, 0.3 * shot.roll))
+    """The photo, uint8 (size, size, 3)."""
     light = np.array([shot.light_x, shot.light_y, 1.0])
     light /= np.linalg.norm(light)
+    strands = _strands(rng)
+    height, albedo = _with_hair(face, shot, height, albedo, strands)
+    head = _Rays(shot, shot.rotation, size)
+    body = _Rays(shot, _rotation(0.25 * shot.yaw, 0, 0.3 * shot.roll), size)
 
-    hair = _hair_colour(shot)
-    skin = _mix(SKIN_COLOURS, face.melanin)
-    noise = _streaks(rng)
-    height, albedo = _grow_hair(face, shot, rng, height, albedo, hair, noise)
-    scene = _Scene(wide)
-    scene.add_head(head, height, albedo, rotation.T @ light)
-    width, volume = face.face_width, shot.hair_volume
+    scene = _Scene(head)
+    scene.add_head(head, height, albedo, light @ shot.rotation)
+    width, volume, length = face.face_width, shot.hair_volume, shot.hair_length
     for side in (-1, 1):
-        scene.add(head, (side * width, 0.22, -0.15), (0.10, 0.30, 0.2), skin * 0.92)
-    if face.bald < 0.9 or shot.hair_length > 0:
+        scene.add(head, (side * width, 0.22, -0.15), (0.10, 0.30, 0.2), face.skin * 0.92)
+    if face.bald < 0 or length > 0:
         radii = (width + 0.05 + volume, 1.44 + volume, 1.2)
-        scene.add(head, (0, -0.22, -0.5), radii, hair, noise)
-    if shot.hair_length > 0:
-        radii = (width + 0.1 + 1.5 * volume, 1.3 + shot.hair_length, 0.55)
-        scene.add(head, (0, 0.35, -0.75), radii, hair * 0.8, noise)
-    scene.add(body, (0, 1.9, -0.45), (0.56, 1.3, 0.5), skin * 0.75)
-    clothes = rng.uniform(10, 235, 3)
-    scene.add(body, (0, face.chin_y + 1.5, -0.6), (2.2, 1.15, 0.9), clothes)
+        scene.add(head, (0, -0.22, -0.5), radii, shot.hair, strands)
+    if length > 0:
+        radii = (width + 0.1 + 1.5 * volume, 1.3 + length, 0.55)
+        scene.add(head, (0, 0.35, -0.75), radii, shot.hair * 0.8, strands)
+    scene.add(body, (0, 1.9, -0.45), (0.56, 1.3, 0.5), face.skin * 0.75)
+    scene.add(body, (0, face.chin_y + 1.5, -0.6), (2.2, 1.15, 0.9), rng.uniform(10, 235, 3))
 
-    image = _backdrop(rng, wide)
+    image = _backdrop(rng, len(scene.depth))
     hit = np.isfinite(scene.depth)
     image[hit] = _shade(scene.albedo[hit], scene.normal[hit], scene.lit[hit], shot, light)
     return _develop(image, shot, rng, size)
 
 
 class _Scene:
-    """What each ray hits first: depth, albedo, camera-frame normal, openness to light, gloss."""
+    """What each ray meets first: depth, albedo, normal to the camera, share of the light."""
 
-    def __init__(self, side: int):
-        self.depth = np.full((side, side), -np.inf, np.float32)
-        self.albedo = np.zeros((side, side, 3), np.float32)
-        self.normal = np.zeros((side, side, 3), np.float32)
-        self.lit = np.ones((side, side, 2), np.float32)  # share of the key light, of the fill light
+    def __init__(self, rays: _Rays):
+        shape = rays.start[0].shape
+        self.depth = np.full(shape, -np.inf, np.float32)
+        self.albedo = np.zeros((*shape, 3), np.float32)
+        self.normal = np.zeros((*shape, 3), np.float32)
+        self.lit = np.zeros((*shape, 2), np.float32)  # of the key light, of the fill light
 
-    def add(self, rays: _Rays, centre, radii, colour, noise: np.ndarray | None = None) -> None:
-        depth = rays.ellipsoid(centre, radii)
+    def add(self, rays: _Rays, centre, radii, colour, strands: np.ndarray | None = None) -> None:
+        depth = rays.to_ellipsoid(centre, radii)
         near = depth > self.depth
-        depth = depth[near]  # (M,)
-        point = [rays.start[k][near] + depth * rays.step[k][near] for k in range(3)]
-        normal = np.stack([(point[k] - centre[k]) / radii[k] ** 2 for k in range(3)], axis=1)
-        self.depth[near] = depth
-        self.normal[near] = _unit(normal @ rays.rotation.T)
-        self.albedo[near] = colour
+        x, y, z = rays.at(depth[near], near)  # (M,) each
+        normal = [(v - c) / r**2 for v, c, r in zip((x, y, z), centre, radii, strict=True)]
+        self.depth[near] = depth[near]
+        self.normal[near] = _unit(np.stack(normal, axis=1) @ rays.rotation.T)
+        self.albedo[near] = colour if strands is None else colour * _look_up(strands, x, y)
         self.lit[near] = (0.75, 0.7)
-        if noise is not None:
-            grain = _look_up(noise, point[0], point[1])
-            self.albedo[near] *= 1 + 0.35 * grain
 
     def add_head(self, rays: _Rays, height, albedo, light: np.ndarray) -> None:
         slope_y, slope_x = np.gradient(cv2.GaussianBlur(height, (0, 0), 1.2), 1 / UNIT)
-        normal = np.dstack([-slope_x, -slope_y, np.ones_like(height)]).astype(np.float32)
+        normal = np.dstack([-slope_x, -slope_y, np.ones_like(height)])
         lit = np.dstack([1 - _shadow(height, light), _openness(height)])
-        depth = rays.height_map(height)
+        depth = rays.to_height_map(height)
         near = depth > self.depth
-        depth = depth[near]  # (M,)
-        at = [rays.start[k][near] + depth * rays.step[k][near] for k in range(2)]
-        self.depth[near] = depth
-        self.albedo[near] = _look_up(albedo, *at)
-        self.normal[near] = _unit(_look_up(normal, *at) @ rays.rotation.T)
-        self.lit[near] = _look_up(lit.astype(np.float32), *at)
+        x, y, _ = rays.at(depth[near], near)  # (M,) each
+        self.depth[near] = depth[near]
+        self.normal[near] = _unit(_look_up(normal, x, y) @ rays.rotation.T)
+        self.albedo[near] = _look_up(albedo, x, y)
+        self.lit[near] = _look_up(lit, x, y)
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:
-    return vectors / np.sqrt(np.einsum("nk,nk->n", vectors, vectors) + 1e-9)[:, None]
+    return vectors / np.sqrt(np.einsum("mk,mk->m", vectors, vectors) + 1e-9)[:, None]  # (M, 3)
 
 
 def _look_up(image: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """A map of the grid at M points, (M, channels)."""
-    # cv2.remap takes at most 32,767 rows, so the points are laid out as a broad image
-    pad = -len(x) % 256
-    x, y = (np.pad(v, (0, pad)).reshape(-1, 256) for v in (x, y))
-    found = cv2.remap(image, (x - GRID_X[0]) * UNIT, (y - GRID_Y[0]) * UNIT, cv2.INTER_LINEAR)
-    return found.reshape(x.size, -1)[: x.size - pad]
+    pad = -len(x) % 256  # OpenCV takes at most 32,767 rows: the points go as a broad image
+    column, row = (
+        (np.pad(v, (0, pad)).reshape(-1, 256) - grid[0]) * UNIT
+        for v, grid in ((x, GRID_X), (y, GRID_Y))
+    )
+    found = cv2.remap(image, column, row, cv2.INTER_LINEAR, None, cv2.BORDER_REPLICATE)
+    return found.reshape(row.size, -1)[: len(x)]
 
 
 def _shadow(height: np.ndarray, light: np.ndarray) -> np.ndarray:
     """How far each texel lies in the shadow of the surface between it and the light, 0 to 1."""
     deepest = np.zeros_like(height)
-    for distance in np.linspace(0.08, 0.8, 9):
-        x, y = distance * UNIT * light[:2]
-        move = np.array([(1, 0, -x), (0, 1, -y)])
-        size = height.shape[::-1]
-        there = cv2.warpAffine(height, move, size, borderMode=cv2.BORDER_REPLICATE)
-        np.maximum(deepest, there - height - distance * light[2], out=deepest)
+    for distance in (0.08, 0.16, 0.24, 0.32, 0.44, 0.56, 0.7):
+        x, y, z = (distance * light).tolist()
+        move = np.array([(1, 0, -x * UNIT), (0, 1, -y * UNIT)])
+        there = cv2.warpAffine(height, move, height.shape[::-1], borderMode=cv2.BORDER_REPLICATE)
+        np.maximum(deepest, there - height - z, out=deepest)
     return cv2.GaussianBlur(np.clip(deepest / 0.05, 0, 1), (0, 0), 2.0)
 
 
 def _openness(height: np.ndarray) -> np.ndarray:
-    """Darkens hollows: a cheap ambient occlusion."""
+    """Share of the fill light: less in hollows, as a cheap ambient occlusion."""
     floor = np.maximum(height, -0.3)
     hollow = cv2.GaussianBlur(floor, (0, 0), 0.10 * UNIT) - floor
-    return np.clip(1 - 4.0 * hollow, 0.25, 1.15)
+    return np.clip(1 - 4 * hollow, 0.25, 1.15)
 
 
-def _streaks(rng: np.random.Generator) -> np.ndarray:
-    """Strands of hair as noise stretched downwards, about -1 to 1."""
-    rough = rng.standard_normal((9, 130)).astype(np.float32)
-    return 0.6 * cv2.resize(rough, (len(GRID_X), len(GRID_Y)), interpolation=cv2.INTER_CUBIC)
+def _strands(rng: np.random.Generator) -> np.ndarray:
+    """Strands of hair: noise stretched downwards, a factor around 1."""
+    rough = rng.standard_normal((9, 130), np.float32)
+    return 1 + 0.2 * cv2.resize(rough, (len(GRID_X), len(GRID_Y)), interpolation=cv2.INTER_CUBIC)
 
 
-def _grow_hair(face, shot, rng, height, albedo, hair, noise) -> tuple[np.ndarray, np.ndarray]:
-    """Hair on the head's front: from the hairline up and in front of the ears."""
-    x = np.abs(GRID_X[None]) / face.face_width
-    line = face.hairline + shot.hairline_shift + 0.25 * x**2 + 0.9 * x**8 + shot.parting * GRID_X * (1 - x**2).clip(0)
-    edge = (line - GRID_Y[:, None] + 0.03 * noise) / 0.035
-    weight = (1 / (1 + np.exp(-np.clip(edge, -20, 20)))).astype(np.float32)
-    if face.bald > 0.9:
-        weight = weight * 0.25
-    strands = hair * (1 + 0.35 * noise[..., None])
-    mixed = albedo + weight[..., None] * (strands.astype(np.float32) - albedo)
-    return height + (0.04 + 0.3 * shot.hair_volume) * weight, mixed
-
-
-def _tone(warmth: float) -> np.ndarray:
-    """Colour of a light, from bluish (-1) to orange (1)."""
-    return np.array([1 + 0.22 * warmth, 1 + 0.02 * warmth, 1 - 0.25 * warmth], np.float32)
+def _with_hair(
+    face: SimpleNamespace,
+    shot: SimpleNamespace,
+    height: np.ndarray,
+    albedo: np.ndarray,
+    strands: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Hair on the front of the head, above the hairline, which drops before the ears."""
+    x = np.abs(GRID_X) / face.face_width
+    line = face.hairline + shot.hairline_shift + 0.25 * x**2 + 0.9 * x**8
+    line += shot.parting * GRID_X * np.clip(1 - x**2, 0, 1)
+    above = (line - GRID_Y[:, None] + 0.15 * (strands - 1)) / 0.035
+    weight = (0.25 if face.bald > 0 else 1.0) / (1 + np.exp(-np.clip(above, -20, 20)))
+    hair = shot.hair * strands[..., None]
+    thickness = 0.04 + 0.3 * shot.hair_volume
+    return height + thickness * weight, albedo + weight[..., None] * (hair - albedo)
 
 
 def _shade(albedo, normal, lit, shot: SimpleNamespace, light: np.ndarray) -> np.ndarray:
-    """Linear light (M, 3): a wrapped Lambert key light, a fill from above, a soft gloss."""
-    albedo = (np.clip(albedo, 0, 255) / 255) ** 2
+    """Linear light (M, 3): a wrapped Lambert key light, a fill light from above, a soft gloss."""
     half = light + (0, 0, 1)
-    light, half = light.astype(np.float32), (half / np.linalg.norm(half)).astype(np.float32)
+    light, half = np.float32(light), np.float32(half / np.linalg.norm(half))
     key = shot.key * np.clip((normal @ light + 0.15) / 1.15, 0, 1) * lit[:, 0]
-    gloss = 0.06 * shot.key * np.clip(normal @ half, 0, 1) ** 24 * lit[:, 0]
     fill = shot.fill * (0.75 - 0.25 * normal[:, 1]) * lit[:, 1]
-    warm, cool = _tone(shot.warmth), _tone(shot.fill_warmth)
-    return albedo * (key[:, None] * warm + fill[:, None] * cool) + gloss[:, None] * warm
+    gloss = 0.06 * shot.key * np.clip(normal @ half, 0, 1) ** 24 * lit[:, 0]
+    # a warmth from -1 (bluish) to 1 (orange)
+    tint = np.array([0.22, 0.02, -0.25], np.float32)
+    key_tint, fill_tint = 1 + shot.key_warmth * tint, 1 + shot.fill_warmth * tint
+    diffuse = (np.clip(albedo, 0, 255) / 255) ** 2  # to linear light, with a gamma of 2
+    return diffuse * (np.outer(key, key_tint) + np.outer(fill, fill_tint)) + np.outer(
+        gloss, key_tint
+    )
 
 
 def _backdrop(rng: np.random.Generator, side: int) -> np.ndarray:
-    """A blurred room or street in linear light (side, side, 3): colours, then boxes and discs."""
+    """A room or a street out of focus, in linear light (side, side, 3)."""
     base = rng.uniform(0, 255, (3, 3, 3)).astype(np.float32)
-    base = base.mean() + (base - base.mean()) * rng.uniform(0.1, 0.7)
+    base = base.mean() + (base - base.mean()) * np.float32(rng.uniform(0.1, 0.5))
     image = cv2.resize(base, (side, side), interpolation=cv2.INTER_LINEAR)
     for _ in range(rng.integers(0, 9)):
-        colour = (rng.uniform(0, 255) + rng.uniform(-45, 45, 3)).tolist()
-        (x, y), (w, h) = rng.integers(0, side, 2).tolist(), rng.integers(8, side // 2, 2).tolist()
+        colour = (rng.uniform(0, 255) + rng.uniform(-35, 35, 3)).tolist()
+        (x, y), (width, height) = rng.integers(0, side, 2), rng.integers(8, side // 2, 2)
         if rng.random() < 0.6:
-            cv2.rectangle(image, (x, y), (x + w, y + h), colour, -1)
+            cv2.rectangle(image, (int(x), int(y), int(width), int(height)), colour, -1)
         else:
-            cv2.circle(image, (x, y), w // 2, colour, -1)
+            cv2.circle(image, (int(x), int(y)), int(width) // 2, colour, -1)
     image = cv2.GaussianBlur(image, (0, 0), rng.uniform(1.0, 9.0))
     return (np.clip(image, 0, 255) / 255) ** 2
 
@@ -633,15 +575,15 @@ def _backdrop(rng: np.random.Generator, side: int) -> np.ndarray:
 def _develop(
     image: np.ndarray, shot: SimpleNamespace, rng: np.random.Generator, size: int
 ) -> np.ndarray:
-    """Linear light to uint8 RGB: exposure, blur, size, gamma, saturation, noise."""
+    """From linear light to a photo: exposure, blur, gamma, saturation, noise."""
     image = cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA)
-    image *= (0.2 / image.mean()) ** 0.5  # a camera's exposure makes up half of what is missing
+    image *= np.sqrt(0.2 / image.mean())  # the camera makes up for half of what is missing
     if shot.blur > 0.3:
         image = cv2.GaussianBlur(image, (0, 0), shot.blur)
-    image = np.clip(image, 0, 1.2) ** (0.5 * shot.gamma)
+    image = np.clip(image, 0, 1.2) ** np.float32(0.5 * shot.gamma)
     grey = image.mean(axis=2, keepdims=True)
     image = 255 * (grey + shot.saturation * (image - grey))
-    image += shot.noise * rng.standard_normal(image.shape, dtype=np.float32)
+    image += shot.noise * rng.standard_normal(image.shape, np.float32)
     return np.clip(np.rint(image), 0, 255).astype(np.uint8)
 
 
@@ -669,8 +611,10 @@ def write_set(
 
     def draw(task: tuple[int, int, Path]) -> None:
         identity, photo, path = task
+        rgb, _ = draw_face(seed, identity, photo)
+        coded = cv2.imencode(".jpg", rgb[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])[1]
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write_jpeg(path, draw_face(seed, identity, photo)[0])
+        _write(path, coded.tobytes())
         if progress:
             progress(1)
 
@@ -684,13 +628,6 @@ def write_set(
     # threads: NumPy and OpenCV hold no lock while they work, and no worker has to import anything
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         return sum(1 for _ in pool.map(draw, tasks))
-
-
-def _write_jpeg(path: Path, rgb: np.ndarray) -> None:
-    coded = cv2.imencode(".jpg", rgb[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])[1]
-    partial = path.with_suffix(".tmp")  # the same name in the next run, which overwrites it
-    partial.write_bytes(coded.tobytes())
-    os.replace(partial, path)
 
 
 def lfw_pairs(identities: range, photos: int, folds: int, pairs: int, seed: int) -> str:
@@ -715,14 +652,20 @@ def lfw_pairs(identities: range, photos: int, folds: int, pairs: int, seed: int)
 
 
 def write_demo(root: Path, progress: Callable[[int], object] | None = None) -> int:
-    """The demo's sets: root/train/raw, root/test/raw and root/test/pairs.txt (see DEMO).
+    """The demo's sets: root/train/raw, root/test/raw and root/test/pairs.txt.
 
     Returns how many photos were drawn: 0 where all of them were there.
     """
-    train, test = DEMO["train"], DEMO["test"]
-    drawn = write_set(Path(root) / "train/raw", *train, seed=0, progress=progress)
-    drawn += write_set(Path(root) / "test/raw", *test, seed=0, progress=progress)
-    partial = Path(root) / "test/pairs.tmp"
-    partial.write_text(lfw_pairs(*test, **DEMO["pairs"], seed=0))
-    os.replace(partial, Path(root) / "test/pairs.txt")
+    root = Path(root)
+    drawn = write_set(root / "train/raw", *DEMO_TRAIN, seed=0, progress=progress)
+    drawn += write_set(root / "test/raw", *DEMO_TEST, seed=0, progress=progress)
+    pairs = lfw_pairs(*DEMO_TEST, DEMO_FOLDS, DEMO_PAIRS, seed=0)
+    _write(root / "test/pairs.txt", pairs.encode())
     return drawn
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file that has its name only when it is whole."""
+    partial = path.with_name(path.name + ".tmp")  # the next run overwrites what a killed one left
+    partial.write_bytes(content)
+    os.replace(partial, path)

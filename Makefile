@@ -1,0 +1,38 @@
+# make demo        .venv, requirements, then the three scripts on embedded synthetic faces
+# make test        .venv, requirements, linter and tests (minutes)
+# make test-slow   the kill loops and other long tests
+# make clean-demo  forget what the demo made, so that it starts afresh
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-slow clean-demo
+
+demo: .venv/installed
+	$(BIN)/python pre_process.py
+	$(BIN)/python train.py
+	$(BIN)/python lfw_eval.py
+
+test: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: .venv/installed-dev
+	$(BIN)/python -m pytest -m slow
+
+clean-demo:
+	rm -rf data/synthetic runs/demo
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "error: Python >= 3.11 is needed: make PYTHON=python3.12 ..." >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+
+.venv/installed: requirements.txt | .venv/bin/python
+	$(BIN)/python -m pip install -q -r requirements.txt
+	@touch $@
+
+.venv/installed-dev: requirements-dev.txt .venv/installed
+	$(BIN)/python -m pip install -q -r requirements-dev.txt
+	@touch $@

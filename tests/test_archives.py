@@ -1,0 +1,164 @@
+"""Unpacking: what is taken, what is refused. Run: python -m pytest tests/test_archives.py"""
+
+import io
+import os
+import tarfile
+import zipfile
+
+import pytest
+
+from archives import strip_wrapper, unpack
+from config import InputError
+
+
+def tar(path, members) -> None:
+    with tarfile.open(path, "w:gz") as file:
+        for member, data in members:
+            if isinstance(member, str):
+                member = tarfile.TarInfo(member)
+            member.size = len(data)
+            file.addfile(member, io.BytesIO(data))
+
+
+def link(name: str, kind: bytes, target: str) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info
+
+
+def files(folder) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+@pytest.mark.parametrize("kind", ["zip", "tgz", "tar", "tar.bz2", "tar.xz"])
+def test_photos_are_taken_and_others_counted(tmp_path, kind):
+    path = tmp_path / f"a.{kind}"
+    members = {"set/ann/1.jpg": b"x" * 5, "set/bob/deep/2.PNG": b"yy", "set/notes.txt": b"z",
+               "__MACOSX/set/ann/._1.jpg": b"junk", "set/ann/.hidden.jpg": b"h"}  # fmt: skip
+    if kind == "zip":
+        with zipfile.ZipFile(path, "w") as file:
+            for name, data in members.items():
+                file.writestr(name, data)
+    else:
+        mode = {"tgz": "w:gz", "tar": "w", "tar.bz2": "w:bz2", "tar.xz": "w:xz"}[kind]
+        with tarfile.open(path, mode) as file:
+            for name, data in members.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                file.addfile(info, io.BytesIO(data))
+    skipped = unpack(path, tmp_path / "out")
+    assert files(tmp_path / "out") == ["set/ann/1.jpg", "set/bob/deep/2.PNG"]
+    assert (tmp_path / "out/set/ann/1.jpg").read_bytes() == b"x" * 5
+    assert skipped == {"other files": 3}
+    assert strip_wrapper(tmp_path / "out") == tmp_path / "out/set"
+
+
+@pytest.mark.parametrize(
+    "name", ["../evil.jpg", "/tmp/evil.jpg", "a/../../evil.jpg", "C:\\evil.jpg"]
+)
+@pytest.mark.parametrize("kind", ["tgz", "zip"])
+def test_a_path_that_leaves_refuses_the_whole(tmp_path, name, kind):
+    folder = tmp_path / "work"
+    folder.mkdir()
+    path = folder / f"a.{kind}"
+    if kind == "zip":
+        with zipfile.ZipFile(path, "w") as file:
+            file.writestr("good/1.jpg", b"x")
+            file.writestr(name, b"evil")
+    else:
+        tar(path, [("good/1.jpg", b"x"), (name, b"evil")])
+    with pytest.raises(InputError, match="leaves the destination"):
+        unpack(path, folder / "out")
+    assert os.listdir(folder) == [path.name]
+    assert not list(tmp_path.rglob("evil*"))
+
+
+def test_links_and_devices_are_counted_and_never_made(tmp_path):
+    secret = tmp_path / "secret.jpg"
+    secret.write_bytes(b"secret")
+    path = tmp_path / "a.tgz"
+    tar(
+        path,
+        [
+            (link("id/link.jpg", tarfile.SYMTYPE, str(secret)), b""),
+            (link("id/hard.jpg", tarfile.LNKTYPE, str(secret)), b""),
+            (link("id/pipe.jpg", tarfile.FIFOTYPE, ""), b""),
+            (link("id/dev.jpg", tarfile.CHRTYPE, ""), b""),
+            (link("dir", tarfile.SYMTYPE, str(tmp_path)), b""),
+            ("dir/written.jpg", b"through the link"),
+            ("id/1.jpg", b"good"),
+        ],
+    )
+    skipped = unpack(path, tmp_path / "out")
+    assert skipped == {"links and devices": 5}
+    assert files(tmp_path / "out") == ["dir/written.jpg", "id/1.jpg"]
+    assert not (tmp_path / "out/dir").is_symlink() and not (tmp_path / "written.jpg").exists()
+
+
+@pytest.mark.parametrize("kind", ["tgz", "zip"])
+def test_a_bomb_is_refused(tmp_path, kind):
+    path, zeros = tmp_path / f"a.{kind}", bytes(50 << 20)
+    if kind == "zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+            file.writestr("id/1.jpg", zeros)
+    else:
+        tar(path, [("id/1.jpg", zeros)])
+    with pytest.raises(InputError, match="100 times"):
+        unpack(path, tmp_path / "out")
+    assert os.listdir(tmp_path) == [path.name]
+
+
+@pytest.mark.parametrize("name", ["a.zip", "a.tgz", "a.tar"])
+@pytest.mark.parametrize(
+    "content", [b"", b"<html>404</html>", b"PK\x03\x04 cut", b"\x1f\x8b\x08 cut"]
+)
+def test_what_is_no_archive_is_refused(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=name):
+        unpack(tmp_path / name, tmp_path / "out")
+    assert os.listdir(tmp_path) == [name]
+
+
+@pytest.mark.parametrize("kind", ["tgz", "zip"])
+def test_a_cut_download_is_refused(tmp_path, kind):
+    path = tmp_path / f"a.{kind}"
+    data = os.urandom(100_000)
+    if kind == "zip":
+        with zipfile.ZipFile(path, "w") as file:
+            file.writestr("id/1.jpg", data)
+    else:
+        tar(path, [("id/1.jpg", data), ("id/2.jpg", data)])
+    path.write_bytes(path.read_bytes()[:-30_000])
+    with pytest.raises(InputError, match="damaged or not an archive"):
+        unpack(path, tmp_path / "out")
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_a_locked_zip_is_refused(tmp_path):
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("id/1.jpg", b"x" * 50)
+    data = bytearray(path.read_bytes())
+    for signature, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        data[data.index(signature) + offset] |= 1  # the flag of an encrypted member
+    path.write_bytes(bytes(data))
+    with pytest.raises(InputError, match="damaged or not an archive"):
+        unpack(path, tmp_path / "out")
+
+
+def test_a_killed_unpacking_starts_over(tmp_path):
+    (tmp_path / "out.part" / "old").mkdir(parents=True)
+    (tmp_path / "out.part/old/half.jpg").write_bytes(b"ha")
+    tar(tmp_path / "a.tgz", [("id/1.jpg", b"x")])
+    unpack(tmp_path / "a.tgz", tmp_path / "out")
+    assert files(tmp_path / "out") == ["id/1.jpg"] and not (tmp_path / "out.part").exists()
+
+
+def test_a_wrapper_is_stripped_only_when_it_holds_only_folders(tmp_path):
+    (tmp_path / "a/set/id").mkdir(parents=True)
+    assert strip_wrapper(tmp_path / "a") == tmp_path / "a/set"
+    (tmp_path / "a/set/photo.jpg").touch()
+    assert strip_wrapper(tmp_path / "a") == tmp_path / "a"
+    (tmp_path / "b/id1").mkdir(parents=True)
+    (tmp_path / "b/id2/x").mkdir(parents=True)
+    assert strip_wrapper(tmp_path / "b") == tmp_path / "b"

@@ -1,0 +1,154 @@
+"""Files that are never half there. Run: python -m pytest tests/test_checkpoint.py"""
+
+import contextlib
+import json
+import os
+
+import pytest
+import torch
+
+import checkpoint
+from checkpoint import load_checkpoint, load_state, load_weights, save_checkpoint, save_weights
+from config import InputError
+
+
+def state(number: int) -> dict:
+    return {"step": number, "weight": torch.full((100, 100), float(number))}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A run with two checkpoints: step 1 is previous.pt, step 2 last.pt."""
+    save_checkpoint(tmp_path, state(1))
+    save_checkpoint(tmp_path, state(2))
+    return tmp_path
+
+
+def test_the_newest_loads_and_the_one_before_is_kept(folder):
+    saved, warnings = load_checkpoint(folder)
+    assert saved["step"] == 2 and torch.equal(saved["weight"], state(2)["weight"])
+    assert warnings == []
+    assert torch.load(folder / "previous.pt", weights_only=True)["step"] == 1
+    assert sorted(os.listdir(folder)) == ["checksums.json", "last.pt", "previous.pt"]
+
+
+def damage(path, how: str) -> None:
+    data = bytearray(path.read_bytes())
+    middle = len(data) // 2
+    if how == "flipped":
+        data[middle] ^= 1
+    path.write_bytes({"empty": b"", "half": data[:middle], "html": b"<html>"}.get(how, bytes(data)))
+
+
+@pytest.mark.parametrize("how", ["flipped", "half", "empty", "html"])
+def test_a_damaged_newest_is_passed_over_with_a_warning(folder, how):
+    damage(folder / "last.pt", how)
+    saved, warnings = load_checkpoint(folder)
+    assert saved["step"] == 1
+    assert len(warnings) == 1 and "last.pt" in warnings[0]
+    # What is saved next must not put the damaged file in the place of the good one.
+    save_checkpoint(folder, state(3))
+    assert load_checkpoint(folder)[0]["step"] == 3
+    damage(folder / "last.pt", "flipped")
+    assert load_checkpoint(folder)[0]["step"] == 1
+
+
+def test_where_none_loads_nothing_starts_silently(folder):
+    for name in ("last.pt", "previous.pt"):
+        damage(folder / name, "flipped")
+    with pytest.raises(InputError, match=r"last\.pt is damaged.*previous\.pt is damaged"):
+        load_checkpoint(folder)
+
+
+@pytest.mark.parametrize("after", range(1, 9))
+def test_a_kill_at_any_call_leaves_a_checkpoint(folder, monkeypatch, after):
+    """The process ends at the n-th of the calls that change the disk."""
+
+    class Killed(BaseException):
+        pass
+
+    calls = 0
+
+    def dying(real):
+        def call(*arguments):
+            nonlocal calls
+            calls += 1
+            if calls == after:
+                raise Killed
+            return real(*arguments)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in ("replace", "fsync"):
+            patch.setattr(os, name, dying(getattr(os, name)))
+        with contextlib.suppress(Killed):
+            save_checkpoint(folder, state(3))
+    saved, warnings = load_checkpoint(folder)
+    assert saved["step"] in (2, 3) and warnings == []
+    save_checkpoint(folder, state(4))
+    assert load_checkpoint(folder)[0]["step"] == 4
+
+
+def test_a_full_disk_leaves_the_good_one(folder, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError):
+        save_checkpoint(folder, state(3))
+    monkeypatch.undo()
+    assert load_checkpoint(folder)[0]["step"] == 2
+    assert not list(folder.glob(".*.tmp"))
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch canary",)
+
+
+def test_a_malicious_checkpoint_is_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"step": 1, "evil": Evil()}, tmp_path / "last.pt")
+    with pytest.raises(InputError, match="does not load"):
+        load_checkpoint(tmp_path)
+    assert not (tmp_path / "canary").exists()
+
+
+def test_weights_with_metadata_round_trip(tmp_path):
+    tensors = {"a.weight": torch.randn(4, 3, 3, 3).to(memory_format=torch.channels_last)}
+    save_weights(tmp_path / "best.safetensors", tensors, {"network": "r18"})
+    loaded, metadata = load_weights(tmp_path / "best.safetensors")
+    assert torch.equal(loaded["a.weight"], tensors["a.weight"])
+    assert metadata == {"network": "r18"}
+
+
+def test_a_flipped_byte_in_weights_is_detected(tmp_path):
+    save_weights(tmp_path / "best.safetensors", {"a": torch.zeros(1000)}, {})
+    damage(tmp_path / "best.safetensors", "flipped")
+    with pytest.raises(InputError, match="is damaged"):
+        load_weights(tmp_path / "best.safetensors")
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(b"<html>not weights</html>")
+    with pytest.raises(InputError, match=r"a\.safetensors is not a \.safetensors of weights"):
+        load_weights(tmp_path / "a.safetensors")
+
+
+def test_keys_that_do_not_fit_are_listed(tmp_path):
+    module = torch.nn.Linear(3, 2)
+    wrong = {"weight": torch.zeros(5, 3), "other": torch.zeros(1)}
+    with pytest.raises(InputError) as error:
+        load_state(module, wrong, tmp_path / "a.safetensors")
+    text = str(error.value)
+    assert "bias: missing in the file" in text and "other: not in the network" in text
+    assert "weight: (5, 3) in the file, (2, 3) in the network" in text
+
+
+def test_json_is_the_same_bytes_for_the_same_value(tmp_path):
+    checkpoint.write_json(tmp_path / "a.json", {"b": 1, "a": [1.5, None, "é"]})
+    first = (tmp_path / "a.json").read_bytes()
+    checkpoint.write_json(tmp_path / "a.json", {"a": [1.5, None, "é"], "b": 1})
+    assert (tmp_path / "a.json").read_bytes() == first
+    assert json.loads(first) == {"a": [1.5, None, "é"], "b": 1}

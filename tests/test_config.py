@@ -1,0 +1,133 @@
+"""Options, recipes, a wrong command line. Run: python -m pytest tests/test_config.py"""
+
+import dataclasses
+import subprocess
+import sys
+import time
+
+import pytest
+
+import config
+import models
+from config import EvalOptions, PreProcessOptions, TrainOptions, parse
+
+
+def refused(capsys, kind, *words: str) -> str:
+    """The one line on stderr with which a command line is refused."""
+    with pytest.raises(SystemExit) as stop:
+        parse(kind, "", list(words))
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "Traceback" not in error
+    return error
+
+
+def test_the_networks_are_those_of_models():
+    assert config.NETWORKS == models.NETWORKS
+
+
+def test_defaults_and_named_values():
+    options = parse(TrainOptions, "", ["--lr", "0.2", "--milestones", "0.5", "0.9", "--resume"])
+    assert options == dataclasses.replace(
+        TrainOptions(), lr=0.2, milestones=(0.5, 0.9), resume=True
+    )
+    assert parse(TrainOptions, "", ["--no-channels-last"]).channels_last is False
+    assert parse(EvalOptions, "", ["--no-flip"]).flip is False
+
+
+@pytest.mark.parametrize("recipe", config.RECIPES)
+def test_a_recipe_sets_what_it_says_and_the_command_line_wins(recipe):
+    for key, value in config.RECIPES[recipe].items():
+        assert getattr(parse(TrainOptions, "", ["--recipe", recipe]), key) == value
+    assert parse(TrainOptions, "", ["--recipe", recipe, "--s", "7"]).s == 7.0
+    assert parse(TrainOptions, "", ["--s", "7", "--recipe", recipe]).s == 7.0
+
+
+def test_published_recipes_have_the_batch_and_rate_of_the_paper():
+    for recipe in ("casia-r50", "ms1m-r50", "ms1m-r100"):
+        options = parse(TrainOptions, "", ["--recipe", recipe])
+        assert (options.batch_size, options.lr, options.lr_batch) == (512, 0.1, 512)
+        assert (options.s, options.m, options.weight_decay) == (64.0, 0.5, 5e-4)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--bogus"], "--bogus is unknown"),
+        (["--networ", "r18"], "did you mean --network?"),  # no abbreviations
+        (["--network", "r51"], "did you mean r50?"),
+        (["--resume", "False"], "--flag or --no-flag"),
+        (["--lr", "-1"], "--lr -1.0 must be above 0"),
+        (["--lr", "0"], "must be above 0"),
+        (["--lr", "nan"], "not a finite number"),
+        (["--lr", "fast"], "'fast'"),
+        (["--batch-size", "1"], "below 2"),
+        (["--epochs", "0"], "below 1"),
+        (["--dropout", "1.5"], "above 0.95"),
+        (["--schedule", "cosin"], "did you mean cosine?"),
+        (["--recipe", "casia"], "casia-r50"),
+        (["--milestones", "0.5", "1.5"], "above 1"),
+    ],
+)
+def test_a_wrong_word_is_refused_in_one_line(capsys, words, said):
+    assert said in refused(capsys, TrainOptions, *words)
+
+
+def test_the_right_number_of_thresholds(capsys):
+    assert "takes 3 numbers" in refused(capsys, PreProcessOptions, "--thresholds", "0.6", "0.7")
+
+
+def test_every_option_has_help_and_is_listed(capsys):
+    for kind in (PreProcessOptions, TrainOptions, EvalOptions):
+        with pytest.raises(SystemExit) as stop:
+            parse(kind, "what it does", ["--help"])
+        assert stop.value.code == 0
+        text = capsys.readouterr().out
+        for field in dataclasses.fields(kind):
+            assert "--" + field.name.replace("_", "-") in text
+            assert field.metadata["help"]
+
+
+def test_the_number_of_options_stays_small():
+    assert all(
+        len(dataclasses.fields(kind)) <= 45
+        for kind in (PreProcessOptions, TrainOptions, EvalOptions)
+    )
+
+
+@pytest.mark.parametrize("name", ["pre_process.py", "train.py", "lfw_eval.py"])
+def test_help_and_a_wrong_option_answer_at_once(name):
+    for words, code in ((["--help"], 0), (["--bogus"], 2)):
+        start = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, str(config.ROOT / name), *words], capture_output=True, text=True
+        )
+        assert time.perf_counter() - start < 3
+        assert done.returncode == code
+        assert "Traceback" not in done.stderr
+
+
+def test_run_turns_a_bad_input_into_one_line(capsys):
+    def main(options):
+        raise config.InputError("a.zip is\nmissing: fetch it")
+
+    with pytest.raises(SystemExit) as stop:
+        config.run(main, None)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: a.zip is missing: fetch it\n"
+
+
+def test_run_names_a_full_disk_but_does_not_hide_a_defect(capsys):
+    def full(options):
+        raise OSError(28, "No space left on device", "runs/x/last.pt")
+
+    with pytest.raises(SystemExit) as stop:
+        config.run(full, None)
+    assert stop.value.code == 1
+    assert "runs/x/last.pt: No space left on device" in capsys.readouterr().err
+
+    def defect(options):
+        raise KeyError("oops")
+
+    with pytest.raises(KeyError):
+        config.run(defect, None)

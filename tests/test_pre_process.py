@@ -1,0 +1,315 @@
+"""Raw photos to crops and manifest. Run: python -m pytest tests/test_pre_process.py"""
+
+import dataclasses
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import align_faces
+import manifest
+import pre_process
+from config import InputError, PreProcessOptions
+from images import read_image, write_jpeg
+from synthetic_faces import draw_face
+
+OPTIONS = PreProcessOptions(workers=0)
+PEOPLE = {"ann": 3, "bob": 2, "eve": 1}
+
+
+def draw_raw(folder: Path) -> Path:
+    """Drawn faces of three people, one of them in deeper folders."""
+    for identity, (name, photos) in enumerate(PEOPLE.items()):
+        for photo in range(photos):
+            sub = f"{'frontal' if photo else 'profile'}/01" if name == "bob" else f"{photo:02d}"
+            path = folder / name / f"{sub}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_jpeg(path, draw_face(0, identity, photo)[0])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def raw(tmp_path_factory) -> Path:
+    return draw_raw(tmp_path_factory.mktemp("raw") / "photos")
+
+
+@pytest.fixture
+def spoiled(raw, tmp_path) -> Path:
+    """The same with what is no photo, and a photo without a face."""
+    folder = shutil.copytree(raw, tmp_path / "photos")
+    write_jpeg(folder / "ann/wall.jpg", np.full((176, 176, 3), 90, np.uint8))
+    (folder / "ann/half.jpg").write_bytes((folder / "ann/00.jpg").read_bytes()[:1500])
+    (folder / "ann/notes.txt").write_text("not a photo")
+    (folder / "nobody").mkdir()
+    write_jpeg(folder / "stray.jpg", np.zeros((50, 50, 3), np.uint8))
+    return folder
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Everything a run leaves, by path."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != ".lock"
+    }
+
+
+def rows(out: Path) -> dict[str, manifest.Row]:
+    return {row.source: row for row in manifest.read_manifest(out)}
+
+
+def test_every_photo_becomes_a_crop_under_its_own_path(raw, tmp_path):
+    pre_process.prepare(raw, tmp_path / "out", OPTIONS)
+    found = rows(tmp_path / "out")
+    assert sorted(found) == [
+        *("ann/00.jpg", "ann/01.jpg", "ann/02.jpg"),
+        *("bob/frontal/01.jpg", "bob/profile/01.jpg", "eve/00.jpg"),
+    ]
+    for source, row in found.items():
+        assert row.status == "aligned" and row.reason == "" and row.faces >= 1
+        assert row.identity == source.split("/")[0]
+        assert row.image == f"images/{source}"
+        assert read_image(tmp_path / "out" / row.image).shape == (112, 112, 3)
+        assert 0.7 < row.score <= 1 and (row.width, row.height) == (176, 176)
+
+
+def test_the_crop_is_the_template_over_the_true_landmarks(raw, tmp_path):
+    pre_process.prepare(raw, tmp_path / "out", OPTIONS)
+    row = rows(tmp_path / "out")["ann/01.jpg"]
+    _, truth = draw_face(0, 0, 1)
+    eyes = np.linalg.norm(truth[0] - truth[1])
+    assert np.linalg.norm(row.landmarks - truth, axis=1).mean() < 0.15 * eyes
+    crop = read_image(tmp_path / "out" / row.image).astype(int)
+    again = align_faces.align(read_image(raw / row.source), row.landmarks).astype(int)
+    assert np.abs(crop - again).mean() < 3  # but for JPEG
+    assert row.box[0] < truth[:, 0].min() and row.box[2] > truth[:, 0].max()
+
+
+def test_what_cannot_be_used_is_told_with_a_reason(spoiled, tmp_path, capsys):
+    pre_process.prepare(spoiled, tmp_path / "out", OPTIONS)
+    found = rows(tmp_path / "out")
+    assert found["ann/wall.jpg"].status == "rejected"
+    assert found["ann/wall.jpg"].reason == "no face"
+    assert found["ann/half.jpg"].reason == "truncated"
+    assert not found["ann/wall.jpg"].image
+    said = capsys.readouterr().out
+    for line in (
+        *("8 photos of 3 identities", "1  no face", "1  truncated", "1 other files were left"),
+        *("1 photos outside any", "1 identities have no photo", "WARNING: 2"),
+    ):
+        assert " ".join(line.split()) in " ".join(said.split()), line
+
+
+def test_keep_undetected_crops_by_the_medians_of_the_set(spoiled, tmp_path, capsys):
+    options = dataclasses.replace(OPTIONS, keep_undetected=True)
+    pre_process.prepare(spoiled, tmp_path / "out", options)
+    found = rows(tmp_path / "out")
+    wall = found["ann/wall.jpg"]
+    assert wall.status == "undetected" and wall.image == "images/ann/wall.jpg"
+    shares = [r.landmarks / (r.width, r.height) for r in found.values() if r.status == "aligned"]
+    expected = np.median(shares, axis=0) * (wall.width, wall.height)
+    assert np.abs(wall.landmarks - expected).max() < 1e-3
+    assert read_image(tmp_path / "out" / wall.image).shape == (112, 112, 3)
+    assert found["ann/half.jpg"].status == "rejected"  # there is nothing to crop
+    assert "wall.jpg" in capsys.readouterr().out
+
+
+def test_the_flag_may_be_added_later(spoiled, tmp_path):
+    keep = dataclasses.replace(OPTIONS, keep_undetected=True)
+    pre_process.prepare(spoiled, tmp_path / "once", keep)
+    pre_process.prepare(spoiled, tmp_path / "later", OPTIONS)
+    pre_process.prepare(spoiled, tmp_path / "later", keep)
+    assert tree(tmp_path / "later") == tree(tmp_path / "once")
+
+
+def test_a_second_run_has_nothing_to_do(raw, tmp_path, capsys, monkeypatch):
+    pre_process.prepare(raw, tmp_path / "out", OPTIONS)
+    before = tree(tmp_path / "out")
+    capsys.readouterr()
+    monkeypatch.setattr(pre_process, "Worker", None)  # a detector would fail
+    pre_process.prepare(raw, tmp_path / "out", OPTIONS)
+    assert tree(tmp_path / "out") == before
+    assert "nothing was left to do" in capsys.readouterr().out
+
+
+def test_new_photos_are_added_and_lost_crops_made_again(raw, tmp_path):
+    folder = shutil.copytree(raw, tmp_path / "photos")
+    os.remove(folder / "eve/00.jpg")
+    pre_process.prepare(folder, tmp_path / "out", OPTIONS)
+    shutil.copy(raw / "eve/00.jpg", folder / "eve/00.jpg")
+    os.remove(tmp_path / "out/images/ann/00.jpg")
+    (tmp_path / "out/images/ann/01.jpg").write_bytes(b"")  # as after a power cut
+    pre_process.prepare(folder, tmp_path / "out", OPTIONS)
+    pre_process.prepare(folder, tmp_path / "fresh", OPTIONS)
+    assert tree(tmp_path / "out") == tree(tmp_path / "fresh")
+
+
+def test_a_cut_off_journal_is_used_up_to_the_cut(raw, tmp_path):
+    pre_process.prepare(raw, tmp_path / "whole", OPTIONS)
+    out = shutil.copytree(tmp_path / "whole", tmp_path / "out")
+    lines = (out / "manifest.csv").read_text().splitlines(keepends=True)
+    os.remove(out / "manifest.csv")
+    (out / pre_process.JOURNAL).write_text("".join(lines[1:4]) + lines[4][:30])
+    assert len(pre_process.read_journal(out, pre_process.list_photos(raw).photos)) == 3
+    pre_process.prepare(raw, out, OPTIONS)
+    assert tree(out) == tree(tmp_path / "whole")
+
+
+def test_several_processes_give_the_same_bytes(raw, tmp_path):
+    one = dataclasses.replace(OPTIONS, batch_size=2)
+    pre_process.prepare(raw, tmp_path / "one", one)
+    pre_process.prepare(raw, tmp_path / "two", dataclasses.replace(one, workers=2))
+    assert tree(tmp_path / "one") == tree(tmp_path / "two")
+
+
+def test_an_archive_gives_the_same_as_its_folder(raw, tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
+        for path in raw.rglob("*.jpg"):
+            file.write(path, "wrapper" / path.relative_to(raw))
+    pre_process.prepare(raw, tmp_path / "folder", OPTIONS)
+    pre_process.prepare(tmp_path / "a.zip", tmp_path / "zip", OPTIONS)
+    first, second = tree(tmp_path / "folder"), tree(tmp_path / "zip")
+    assert first["manifest.csv"] == second["manifest.csv"]
+    assert all(second[name] == data for name, data in first.items() if name.endswith(".jpg"))
+
+
+def test_crops_never_share_a_name():
+    names = dict(pre_process.name_crops(["id/1.jpg", "id/1.png", "id/1.JPG", "id/sub/1.png"]))
+    assert names["id/1.jpg"] == "images/id/1.jpg"
+    assert names["id/sub/1.png"] == "images/id/sub/1.jpg"
+    assert len({name.casefold() for name in names.values()}) == 4
+
+
+def test_file_names_of_every_kind(tmp_path):
+    photo = draw_face(0, 0, 0)[0]
+    strange = [b"a b.jpg", "é顔.jpg".encode(), b"new\nline.jpg", b'quote",.jpg', b"bad\xff.jpg",
+               "line\u2028sep.jpg".encode()]  # fmt: skip
+    folder = tmp_path / "photos/id"
+    folder.mkdir(parents=True)
+    for name in strange:
+        write_jpeg(folder / os.fsdecode(name), photo)
+    pre_process.prepare(tmp_path / "photos", tmp_path / "out", OPTIONS)
+    found = rows(tmp_path / "out")
+    assert sorted(found) == sorted(f"id/{os.fsdecode(name)}" for name in strange)
+    assert all((tmp_path / "out" / row.image).exists() for row in found.values())
+    pre_process.prepare(tmp_path / "photos", tmp_path / "out", OPTIONS)
+
+
+def test_links_to_folders_are_followed_but_not_in_a_circle(raw, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    (folder / "ann").symlink_to(raw / "ann")
+    (folder / "me").mkdir()
+    shutil.copy(raw / "eve/00.jpg", folder / "me/1.jpg")
+    (folder / "me/again").symlink_to(folder / "me")
+    listing = pre_process.list_photos(folder)
+    assert [photo.source for photo in listing.photos] == [
+        *("ann/00.jpg", "ann/01.jpg", "ann/02.jpg", "me/1.jpg")
+    ]
+
+
+def refused(src: Path, out: Path, options: PreProcessOptions = OPTIONS) -> str:
+    with pytest.raises(InputError) as error:
+        pre_process.prepare(src, out, options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_bad_sources_are_refused_and_leave_nothing(tmp_path, raw):
+    out = tmp_path / "out"
+    (tmp_path / "a.zip").write_bytes(b"<html>404</html>")
+    (tmp_path / "a.txt").write_text("hello")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "flat").mkdir()
+    shutil.copy(raw / "eve/00.jpg", tmp_path / "flat/1.jpg")
+    assert "missing.tgz is not there" in refused(tmp_path / "missing.tgz", out)
+    assert "a.zip is damaged or not an archive" in refused(tmp_path / "a.zip", out)
+    assert "a.txt is no folder and no archive" in refused(tmp_path / "a.txt", out)
+    assert "holds no photo" in refused(tmp_path / "empty", out)
+    assert "1 photos lie outside any folder" in refused(tmp_path / "flat", out)
+    assert not out.exists()
+    assert "crops would be taken for photos" in refused(raw, raw / "out")
+
+
+def test_twins_by_case_are_refused(tmp_path, raw):
+    shutil.copytree(raw / "eve", tmp_path / "photos/eve")
+    shutil.copytree(raw / "eve", tmp_path / "photos/EVE")
+    assert "EVE and eve" in refused(tmp_path / "photos", tmp_path / "out")
+
+
+def test_no_usable_photo_is_refused(tmp_path):
+    (tmp_path / "photos/id").mkdir(parents=True)
+    write_jpeg(tmp_path / "photos/id/1.jpg", np.zeros((50, 50, 3), np.uint8))
+    assert "no usable photo among 1 (1 no face)" in refused(tmp_path / "photos", tmp_path / "out")
+    assert not (tmp_path / "out/manifest.csv").exists()
+
+
+def test_other_settings_or_another_source_are_refused(raw, tmp_path):
+    out = tmp_path / "out"
+    pre_process.prepare(raw, out, OPTIONS)
+    before = tree(out)
+    said = refused(raw, out, dataclasses.replace(OPTIONS, min_face_size=40))
+    assert "min_face_size 20, now 40" in said
+    other = shutil.copytree(raw, tmp_path / "other")
+    assert "name another --out" in refused(other, out)
+    assert tree(out) == before
+
+
+def test_two_runs_at_once_the_second_is_refused(raw, tmp_path):
+    (tmp_path / "out").mkdir()
+    with pre_process.lock(tmp_path / "out"):
+        assert f"process {os.getpid()}" in refused(raw, tmp_path / "out")
+    pre_process.prepare(raw, tmp_path / "out", OPTIONS)  # the lock is gone with its holder
+
+
+def test_bad_input_from_the_shell(script, tmp_path):
+    done = script("pre_process.py", "--src", tmp_path / "no.tgz", "--out", tmp_path / "out")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert "no.tgz" in done.stderr and not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_kills_lose_nothing(tmp_path):
+    """SIGKILL at 20 random moments, then to the end: the same bytes as without a kill."""
+    rng = np.random.default_rng(0)
+    src = tmp_path / "photos"
+    for identity in range(12):
+        (src / f"id{identity}").mkdir(parents=True)
+        for photo in range(10):
+            write_jpeg(src / f"id{identity}/{photo}.jpg", draw_face(0, identity, photo)[0])
+    write_jpeg(src / "id0/wall.jpg", np.full((176, 176, 3), 90, np.uint8))
+    words = ["--batch-size", "4", "--workers", "2", "--keep-undetected"]
+
+    def start(out: Path) -> subprocess.Popen:
+        command = [sys.executable, str(pre_process.config.ROOT / "pre_process.py"), *words]
+        command += ["--src", str(src), "--out", str(out)]
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+
+    begun = time.monotonic()
+    whole = start(tmp_path / "whole")
+    assert whole.wait(timeout=120) == 0
+    length = time.monotonic() - begun
+    unfinished = 0
+    for _ in range(20):
+        process = start(tmp_path / "out")
+        time.sleep(rng.uniform(0.3, 0.95) * length)
+        unfinished += process.poll() is None
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        if (tmp_path / "out/manifest.csv").exists():
+            shutil.rmtree(tmp_path / "out")  # it got to the end: once more from the start
+    assert unfinished >= 10
+    last = start(tmp_path / "out")
+    assert last.wait(timeout=120) == 0, last.stdout.read()
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
