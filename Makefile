@@ -1,12 +1,13 @@
 # make demo        .venv, requirements, then the three scripts on embedded synthetic faces
 # make test        .venv, requirements, linter and tests (minutes)
 # make test-slow   the kill loops and other long tests
+# make pictures    README's pictures of drawn faces
 # make clean-demo  forget what the demo made, so that it starts afresh
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow clean-demo
+.PHONY: demo test test-slow pictures clean-demo
 
 demo: .venv/installed
 	$(BIN)/python pre_process.py
@@ -20,6 +21,9 @@ test: .venv/installed-dev
 
 test-slow: .venv/installed-dev
 	$(BIN)/python -m pytest -m slow
+
+pictures: .venv/installed
+	$(BIN)/python pictures.py
 
 clean-demo:
 	rm -rf data/synthetic runs/demo

@@ -9,6 +9,7 @@ index), so a run that is resumed is the same run, whatever the number of loader 
 """
 
 import signal
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,14 +53,9 @@ def load_faces(folder: Path, min_images: int = 1) -> FaceSet:
 
 def _face_set(folder: Path, pairs: list[tuple[str, str]], min_images: int = 1) -> FaceSet:
     """(identity, image) pairs, sorted -> the set, classes dense from 0."""
-    names, labels, counts = np.unique(
-        [name for name, _ in pairs], return_inverse=True, return_counts=True
-    )
-    if len(names) and counts.min() < min_images:
-        kept = counts >= min_images
-        return _face_set(
-            folder, [pair for pair, label in zip(pairs, labels, strict=True) if kept[label]]
-        )
+    counts = Counter(name for name, _ in pairs)
+    pairs = [pair for pair in pairs if counts[pair[0]] >= min_images]
+    names, labels = np.unique([name for name, _ in pairs], return_inverse=True)
     if len(names) < 2:
         raise InputError(
             f"{folder} has {len(names)} identities with at least {min_images} aligned faces, and "
@@ -123,6 +119,13 @@ class Photo(NamedTuple):
     crop: Path
     undetected: bool  # no face was found, cropped by median landmarks
 
+    @property
+    def label(self) -> str:
+        """The name without suffix, and without the folder where the name repeats it (as in LFW)."""
+        stem = without_suffix(self.source)
+        folder, _, name = stem.rpartition("/")
+        return name if name.startswith(folder) else stem
+
 
 def find_photos(pairs: protocol.Pairs, data: Path) -> tuple[list[Photo], np.ndarray, np.ndarray]:
     """The photos that the pairs name, each once, and the index of each pair's two, (N,) both.
@@ -133,7 +136,7 @@ def find_photos(pairs: protocol.Pairs, data: Path) -> tuple[list[Photo], np.ndar
     short: dict[str, list[manifest.Row]] = {}  # by the name without suffix, as LFW's lists have it
     for row in manifest.read_manifest(data):
         exact[row.source] = row
-        short.setdefault(_without_suffix(row.source), []).append(row)
+        short.setdefault(without_suffix(row.source), []).append(row)
 
     found: dict[str, int] = {}  # source -> index into photos
     photos: list[Photo] = []
@@ -165,9 +168,9 @@ def _unusable(rows: list[manifest.Row], data: Path) -> str:
     )
 
 
-def _without_suffix(path: str) -> str:
-    head, dot, suffix = path.rpartition(".")
-    return head if dot and "/" not in suffix else path
+def without_suffix(path: str) -> str:
+    folder, slash, name = path.rpartition("/")
+    return folder + slash + (name.rpartition(".")[0] or name)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -63,9 +63,13 @@ def read_image(
 
 
 def jpeg_bytes(image: np.ndarray, quality: int = 95) -> bytes:
-    """uint8 (H, W, 3) RGB -> the bytes of a JPEG file."""
+    """uint8 (H, W, 3) RGB -> the bytes of a JPEG file.
+
+    Colour at full resolution (4:4:4): the usual halving, meant for photos and not for crops of 112
+    pixels, cost the reference network 0.15 points on LFW.
+    """
     buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "JPEG", quality=quality)
+    Image.fromarray(image).save(buffer, "JPEG", quality=quality, subsampling=0)
     return buffer.getvalue()
 
 

@@ -40,15 +40,16 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
+import data_gen
 import manifest
 import protocol
 import utils
 from checkpoint import BEST, sha256, write_atomic, write_json
 from config import InputError
-from images import UnreadableImage, read_image, write_jpeg
+from data_gen import SIDE, Photo
+from images import write_jpeg
 
 FARS = {"1e-2": 1e-2, "1e-3": 1e-3}
-SIDE = 112  # of a crop, in pixels
 CACHE = "embeddings.safetensors"
 SAVE_EVERY = 30  # seconds of embedding that a kill may cost
 BLUE, ORANGE = "#1f6fb4", "#d95f02"  # genuine, impostor: told apart by the colour-blind too
@@ -63,7 +64,9 @@ def main(options: config.EvalOptions) -> None:
 
     # --- what is compared: pairs -> photos, each once
     pairs = protocol.read_pairs(options.pairs)
-    photos, left, right = find_photos(pairs, options.data)  # left, right: (N,) index into photos
+    photos, left, right = data_gen.find_photos(
+        pairs, options.data
+    )  # left, right: (N,) index into photos
     hashes = [hash_crop(photo) for photo in photos]
     model_file = utils.model_file(options.model)
     out = report_folder(options, model_file)
@@ -147,6 +150,8 @@ def with_defaults(options: config.EvalOptions) -> config.EvalOptions:
     if model is None:
         model = config.RUNS / ("faces" if config.RAW.is_dir() else "demo")
         print(f"no --model named: using {model}")
+    if not data.is_dir():
+        raise InputError(f"{data} is not there: prepare it first (python pre_process.py)")
     pairs = options.pairs or data / "pairs.txt"
     return dataclasses.replace(options, data=data, pairs=pairs, model=model)
 
@@ -172,68 +177,6 @@ def make_folder(out: Path) -> None:
         ) from None
 
 
-@dataclasses.dataclass(frozen=True)
-class Photo:
-    """A photo that the pairs name."""
-
-    source: str  # its path below the source folder
-    crop: Path  # the 112x112 crop
-    undetected: bool  # no face was found: cropped by the set's median landmarks
-
-    @property
-    def label(self) -> str:
-        """The name without suffix, and without the folder where the name repeats it (as in LFW)."""
-        stem = without_suffix(self.source)
-        folder, _, name = stem.rpartition("/")
-        return name if name.startswith(folder) else stem
-
-
-def without_suffix(path: str) -> str:
-    folder, slash, name = path.rpartition("/")
-    return folder + slash + (name.rpartition(".")[0] or name)
-
-
-def find_photos(pairs: protocol.Pairs, data: Path) -> tuple[list[Photo], np.ndarray, np.ndarray]:
-    """The photos that the pairs name, each once, and the index of each pair's two, (N,) both.
-
-    Raises InputError for a pair that cannot be scored: never fewer pairs than the protocol has.
-    """
-    exact: dict[str, manifest.Row] = {}
-    short: dict[str, list[manifest.Row]] = {}  # by the name without suffix, as LFW's lists have it
-    for row in manifest.read_manifest(data):
-        exact[row.source] = row
-        short.setdefault(without_suffix(row.source), []).append(row)
-
-    found: dict[str, int] = {}  # source -> index into photos
-    photos: list[Photo] = []
-    indices = np.empty((len(pairs), 2), dtype=int)
-    for pair, names in enumerate(zip(pairs.left, pairs.right, strict=True)):
-        for side, name in enumerate(names):
-            rows = [exact[name]] if name in exact else short.get(name, [])
-            if len(rows) != 1 or not rows[0].image:
-                raise InputError(f"{pairs.where(pair)}: {name} {unusable(rows, data)}")
-            row = rows[0]
-            if row.source not in found:
-                found[row.source] = len(photos)
-                undetected = row.status == manifest.UNDETECTED
-                photos.append(Photo(row.source, data / row.image, undetected))
-            indices[pair, side] = found[row.source]
-        if indices[pair, 0] == indices[pair, 1]:
-            raise InputError(f"{pairs.where(pair)}: {names[0]} and {names[1]} are the same photo")
-    return photos, indices[:, 0], indices[:, 1]
-
-
-def unusable(rows: list[manifest.Row], data: Path) -> str:
-    if not rows:
-        return f"is not in {data / manifest.NAME}: prepare the photos that these pairs name"
-    if len(rows) > 1:
-        return f"may be {' or '.join(row.source for row in rows)} in {data}: give the suffix"
-    return (
-        f"has no crop in {data} ({rows[0].reason or rows[0].status}): "
-        "prepare the set with --keep-undetected"
-    )
-
-
 def hash_crop(photo: Photo) -> str:
     try:
         return hashlib.sha256(photo.crop.read_bytes()).hexdigest()
@@ -241,20 +184,6 @@ def hash_crop(photo: Photo) -> str:
         raise InputError(
             f"{photo.crop} cannot be read ({error.strerror}): run pre_process.py again"
         ) from None
-
-
-def read_crop(photo: Photo) -> np.ndarray:
-    """uint8 (112, 112, 3) RGB."""
-    try:
-        crop = read_image(photo.crop)
-    except UnreadableImage as error:
-        raise InputError(f"{photo.crop} is {error}: run pre_process.py again") from None
-    if crop.shape != (SIDE, SIDE, 3):
-        raise InputError(
-            f"{photo.crop} is {crop.shape[1]}x{crop.shape[0]}, not {SIDE}x{SIDE}: "
-            "name a folder that pre_process.py made"
-        )
-    return crop
 
 
 # --- embeddings -----------------------------------------------------------------------------------
@@ -297,7 +226,9 @@ def embed_photos(
     try:
         for first in range(0, len(photos), options.batch_size):
             batch = photos[first : first + options.batch_size]
-            crops = np.stack([read_crop(photo) for photo in batch])  # (B, 112, 112, 3)
+            crops = np.stack(
+                [data_gen.read_crop(photo.crop) for photo in batch]
+            )  # (B, 112, 112, 3)
             rows = utils.embed(model, crops, options.flip)  # (B, E)
             cache.rows.update((hash_crop(p), row) for p, row in zip(batch, rows, strict=True))
             progress.update(len(batch))
@@ -374,17 +305,16 @@ def print_summary(
     pairs, accuracy, theta = result["pairs"], result["accuracy"], result["theta_degrees"]
     cuts, tuned = accuracy["threshold_degrees_per_fold"], result["threshold_tuned_on_test_pairs"]
     undetected = result["data"]["undetected"]
-    names = ", ".join(without_suffix(source) for source in undetected[:5])
+    names = ", ".join(data_gen.without_suffix(source) for source in undetected[:5])
     more = f" and {len(undetected) - 5} more (eval.json)" if len(undetected) > 5 else ""
-    photos = "1 photo" if len(undetected) == 1 else f"{len(undetected)} photos"
     lines = {
         "model": f"{result['model']['name']}, sha256 {result['model']['sha256'][:12]}, "
         + ("crop + mirror image" if result["flip"] else "one crop"),
         "pairs": f"{pairs['scored']} of {pairs['listed']} pairs scored "
         f"({pairs['genuine']} genuine, {pairs['impostor']} impostor; {pairs['folds']})",
-        "photos": f"{result['data']['photos']} of {result['data']['set']}; "
-        + (f"{photos} undetected, cropped by fixed landmarks: {names}{more}" if undetected
-           else "a face was found in each"),
+        "photos": f"{result['data']['photos']} of {result['data']['set']}, "
+        + (f"{len(undetected)} with fixed landmarks (undetected): {names}{more}" if undetected
+           else "all with a detected face"),
         "accuracy": f"{100 * accuracy['mean']:.2f} % ± {100 * accuracy['std']:.2f} over "
         f"{len(cuts)} folds, standard error {100 * accuracy['standard_error']:.2f}",
         "threshold": f"{np.mean(cuts):.2f}° ({min(cuts):.2f}° to {max(cuts):.2f}° over the folds)",
@@ -518,8 +448,8 @@ def draw_page(heading: str, page: list[tuple[Photo, Photo, float, float]]) -> np
     draw.text((GAP, 12), heading, "black", bold)
     for place, (left, right, angle, threshold) in enumerate(page):
         x, y = GAP + place % COLUMNS * width, 40 + place // COLUMNS * height
-        canvas.paste(Image.fromarray(read_crop(left)), (x, y))
-        canvas.paste(Image.fromarray(read_crop(right)), (x + SIDE + 2, y))
+        canvas.paste(Image.fromarray(data_gen.read_crop(left.crop)), (x, y))
+        canvas.paste(Image.fromarray(data_gen.read_crop(right.crop)), (x + SIDE + 2, y))
         side = "over" if angle >= threshold else "under"
         text = f"{angle:.1f}°, {abs(angle - threshold):.1f}° {side} {threshold:.1f}°"
         draw.text((x, y + SIDE + 2), text, "black", bold)

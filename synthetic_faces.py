@@ -317,10 +317,10 @@ def _paint_eye(image: np.ndarray, face: SimpleNamespace, shot: SimpleNamespace, 
     _tint(image, opening, (226, 220, 214))
     across = GRID_X - side * face.eye_x - shot.gaze_x
     down = (GRID_Y + 0.012 - shot.gaze_y)[:, None]
+    away = np.hypot(across, down)
     iris = _colour(IRIS_COLOURS, face.iris)
     for radius, colour in ((0.098, iris * 0.45), (0.086, iris), (0.042, (12, 10, 10))):
-        disc = np.clip((radius - np.hypot(across, down)) * UNIT + 0.5, 0, 1)
-        _tint(image, opening * disc, colour)
+        _tint(image, opening * np.clip((radius - away) * UNIT + 0.5, 0, 1), colour)
     glint = (0.02 - np.hypot(across - 0.025 * shot.light_x, down + 0.03)) * UNIT + 0.5
     _tint(image, opening * np.clip(glint, 0, 1), (255, 255, 255))
     _tint(image, opening * np.clip(0.6 - (GRID_Y[:, None] + opened) / 0.1, 0, 0.6), (40, 30, 28))
@@ -615,8 +615,6 @@ def write_set(
         coded = cv2.imencode(".jpg", rgb[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])[1]
         path.parent.mkdir(parents=True, exist_ok=True)
         _write(path, coded.tobytes())
-        if progress:
-            progress(1)
 
     tasks = []
     for identity in identities:
@@ -627,7 +625,10 @@ def write_set(
                 tasks.append((identity, photo, path))
     # threads: NumPy and OpenCV hold no lock while they work, and no worker has to import anything
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        return sum(1 for _ in pool.map(draw, tasks))
+        for _ in pool.map(draw, tasks):
+            if progress:
+                progress(1)
+    return len(tasks)
 
 
 def lfw_pairs(identities: range, photos: int, folds: int, pairs: int, seed: int) -> str:

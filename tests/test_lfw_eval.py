@@ -14,6 +14,7 @@ from PIL import Image
 
 import checkpoint
 import config
+import data_gen
 import lfw_eval
 import manifest
 import models
@@ -179,7 +180,7 @@ def test_the_console_says_what_was_scored(prepared, report, capsys):
     lfw_eval.main(options(prepared))
     said = capsys.readouterr().out
     assert "80 of 80 pairs scored (40 genuine, 40 impostor; 10 folds as listed)" in said
-    assert "1 photo undetected, cropped by fixed landmarks: Person_0/Person_0_0001" in said
+    assert "24 of faces, 1 with fixed landmarks (undetected): Person_0/Person_0_0001" in said
     assert str(report) in said and "n/a" in said and "°" in said
     assert json.loads((report / "eval.json").read_text())["data"]["undetected"] == [
         "Person_0/Person_0_0001.jpg"
@@ -251,7 +252,7 @@ def test_the_galleries_hold_every_wrong_pair_the_worst_first(prepared, tmp_path,
 
 def test_a_gallery_takes_as_many_pages_as_it_needs_and_old_pages_go(prepared, tmp_path):
     pairs = protocol.read_pairs(prepared / "pairs.txt")
-    photos = lfw_eval.find_photos(pairs, prepared)[0][:2]
+    photos = data_gen.find_photos(pairs, prepared)[0][:2]
     rows = [(*photos, 80.0 - n / 10, 60.0) for n in range(81)]
     lfw_eval.draw_gallery(tmp_path, "false_negatives", rows)
     (tmp_path / "false_positives_01.jpg").write_bytes(b"of the other gallery")
@@ -260,7 +261,7 @@ def test_a_gallery_takes_as_many_pages_as_it_needs_and_old_pages_go(prepared, tm
     # The first cell of the last page holds the two crops themselves, give or take the JPEG.
     for x, photo in ((lfw_eval.GAP, photos[0]), (lfw_eval.GAP + 114, photos[1])):
         shown = pages[2][40:152, x : x + 112].astype(float)
-        assert np.abs(shown - lfw_eval.read_crop(photo)).mean() < 5
+        assert np.abs(shown - data_gen.read_crop(photo.crop)).mean() < 5
 
     lfw_eval.draw_gallery(tmp_path, "false_negatives", [])
     assert sorted(path.name for path in tmp_path.iterdir()) == [
@@ -270,7 +271,7 @@ def test_a_gallery_takes_as_many_pages_as_it_needs_and_old_pages_go(prepared, tm
 
 def test_names_are_short_where_the_folder_repeats_and_cut_where_too_long():
     def label(source: str) -> str:
-        return lfw_eval.Photo(source, Path(), False).label
+        return data_gen.Photo(source, Path(), False).label
 
     assert label("A_B/A_B_0001.jpg") == "A_B_0001"
     assert label("id/frontal/01.jpg") == "id/frontal/01"
@@ -398,6 +399,8 @@ def test_the_report_goes_beside_the_run_or_to_a_folder_of_the_files_name(tmp_pat
 def test_without_arguments_the_synthetic_faces_are_taken_and_said(tmp_path, monkeypatch, capsys):
     for name in ("DATA", "RUNS", "RAW", "SYNTHETIC"):
         monkeypatch.setattr(config, name, tmp_path / name.lower())
+    assert "pre_process.py" in refuse(config.EvalOptions())  # not prepared yet
+    (tmp_path / "synthetic" / "test").mkdir(parents=True)
     filled = lfw_eval.with_defaults(config.EvalOptions())
     assert filled.data == tmp_path / "synthetic" / "test"
     assert filled.pairs == filled.data / "pairs.txt" and filled.model == tmp_path / "runs" / "demo"

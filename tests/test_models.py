@@ -18,6 +18,7 @@ from models import NETWORKS, IRBlock, SqueezeExcite, count_parameters, create
 
 FIXTURE = Path(__file__).resolve().parents[2] / "shared" / "fixtures" / "iresnet_parity.json"
 SMALL = ("r18", "se-r18", "mbf")  # one of each kind, run for real
+SIDE = 48  # of the crops where the size does not matter: quick
 
 
 @pytest.fixture(autouse=True)
@@ -58,8 +59,9 @@ def _fixture_weights(shapes):
 
 
 @pytest.mark.skipif(not FIXTURE.exists(), reason="needs ../shared/fixtures")
-@pytest.mark.parametrize("depth", [18, 50])
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    ("depth", "memory_format"), [(18, torch.channels_last), (50, torch.contiguous_format)]
+)
 def test_reproduces_the_official_network(depth, memory_format):
     expected = json.loads(FIXTURE.read_text())[f"iresnet{depth}"]
     net = create(f"r{depth}").eval()
@@ -158,9 +160,9 @@ def test_the_names():
 
 @pytest.mark.parametrize("network", SMALL)
 def test_trains_on_a_batch(network):
-    net = create(network, embedding_size=64, width=0.25)
+    net = create(network, embedding_size=64, width=0.25, input_size=SIDE)
     target = torch.randn(4, 64)
-    embeddings = net(torch.rand(4, 3, 112, 112) * 2 - 1)
+    embeddings = net(torch.rand(4, 3, SIDE, SIDE) * 2 - 1)
     F.mse_loss(embeddings, target).backward()
     for name, parameter in net.named_parameters():
         if name == "features.weight":
@@ -172,8 +174,8 @@ def test_trains_on_a_batch(network):
 
 @pytest.mark.parametrize("network", SMALL)
 def test_eval_is_deterministic_and_independent_of_the_batch(network):
-    net = create(network, width=0.25, dropout=0.5).eval()
-    batch = torch.rand(3, 3, 112, 112) * 2 - 1
+    net = create(network, width=0.25, input_size=SIDE, dropout=0.5).eval()
+    batch = torch.rand(3, 3, SIDE, SIDE) * 2 - 1
     with torch.inference_mode():
         whole = net(batch)
         torch.testing.assert_close(net(batch), whole, rtol=0, atol=0)
@@ -183,10 +185,10 @@ def test_eval_is_deterministic_and_independent_of_the_batch(network):
 
 @pytest.mark.parametrize("network", SMALL)
 def test_dropout_acts_in_training_only(network):
-    net = create(network, width=0.25, dropout=0.5)
+    net = create(network, width=0.25, input_size=SIDE, dropout=0.5)
     for norm in (m for m in net.modules() if isinstance(m, nn.BatchNorm2d | nn.BatchNorm1d)):
         norm.eval()  # so that only dropout can make two passes differ
-    batch = torch.rand(2, 3, 112, 112)
+    batch = torch.rand(2, 3, SIDE, SIDE)
     with torch.no_grad():
         assert not torch.equal(net(batch), net(batch))
         net.eval()
@@ -195,13 +197,13 @@ def test_dropout_acts_in_training_only(network):
 
 @pytest.mark.parametrize("network", SMALL)
 def test_embeddings_are_float32_under_autocast(network):
-    net = create(network, width=0.25).eval()
+    net = create(network, width=0.25, input_size=SIDE).eval()
     tail = net.features if network != "mbf" else net.features.layers[3]
     linear = net.fc if network != "mbf" else net.features.layers[2]
     seen = []
     for module in (net.conv1 if network != "mbf" else net.layers[0], linear, tail):
         module.register_forward_hook(lambda _m, _i, output: seen.append(output.dtype))
-    batch = torch.rand(2, 3, 112, 112)
+    batch = torch.rand(2, 3, SIDE, SIDE)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         half = net(batch)
     assert seen == [torch.bfloat16, torch.float32, torch.float32]
@@ -315,11 +317,3 @@ def test_initialisation():
     assert net.layer3[1].se.fc1.weight.std().item() == pytest.approx(1 / (3 * 256) ** 0.5, rel=0.1)
     for norm in (m for m in net.modules() if isinstance(m, nn.BatchNorm2d | nn.BatchNorm1d)):
         assert (norm.weight == 1).all() and (norm.bias == 0).all() and norm.eps == 1e-5
-
-
-def test_survives_export():
-    net = create("se-r18", width=0.125, embedding_size=16).eval()
-    batch = torch.rand(2, 3, 112, 112)
-    exported = torch.export.export(net, (batch,)).module()
-    with torch.no_grad():
-        torch.testing.assert_close(exported(batch), net(batch))

@@ -1,0 +1,347 @@
+"""Training, stopping and going on. Run: python -m pytest tests/test_train.py"""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import checkpoint
+import config
+import models
+import train
+import utils
+from arcface import ArcMarginHead
+from config import InputError, TrainOptions
+from conftest import make_prepared
+
+TINY = {
+    "network": "mbf", "width": 0.125, "embedding_size": 32, "epochs": 2, "batch_size": 32,
+    "s": 16.0, "m": 0.2, "workers": 0, "log_every": 3, "threads": 2,
+}  # fmt: skip
+
+
+@pytest.fixture
+def options(prepared, tmp_path) -> TrainOptions:
+    return TrainOptions(data=prepared, runs=tmp_path / "runs", name="r", **TINY)
+
+
+@pytest.fixture(scope="module")
+def finished(prepared, tmp_path_factory) -> tuple[TrainOptions, Path]:
+    """A run that came to its end. Read only."""
+    runs = tmp_path_factory.mktemp("runs")
+    options = TrainOptions(data=prepared, runs=runs, name="r", **TINY)
+    assert train.main(options) == 0
+    return options, runs / "r"
+
+
+def scalars(run: Path, name: str) -> list:
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0})
+    events.Reload()
+    return events.Scalars(name)
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    saved = torch.load(run / "last.pt", weights_only=True)
+    return {**saved["backbone"], **{f"head.{key}": v for key, v in saved["head"].items()}}
+
+
+def same(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    _, run = finished
+    names = {path.name for path in run.iterdir()}
+    assert {"last.pt", "previous.pt", "best.safetensors", "checksums.json", "config.json",
+            "result.json"} <= names  # fmt: skip
+    what = json.loads((run / "config.json").read_text())
+    assert what["options"]["network"] == "mbf" and what["identities"] == 54
+    result = json.loads((run / "result.json").read_text())
+    assert result["steps"] == 20 and 0.5 < result["validation"] <= 1
+
+
+def test_tensorboard_shows_what_it_should(finished):
+    options, run = finished
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0, "histograms": 0})
+    events.Reload()
+    tags = events.Tags()
+    assert set(tags["scalars"]) == {
+        *("train/loss", "train/accuracy", "train/learning_rate", "train/gradient_norm"),
+        *("speed/photos_per_second", "speed/waiting_for_data", "validation/accuracy"),
+    }
+    assert set(tags["histograms"]) == {"theta/own", "theta/nearest_other"}
+    assert tags["images"] == ["augmented"] and tags["tensors"] == ["options/text_summary"]
+    steps = [event.step for event in events.Scalars("train/loss")]
+    assert steps == [3, 6, 9, 12, 15, 18, 20]
+    assert [event.step for event in events.Scalars("validation/accuracy")] == [10, 20]
+    expected = train.learning_rate(19, 20, options)
+    assert events.Scalars("train/learning_rate")[-1].value == pytest.approx(expected)
+
+
+def test_the_loss_falls_and_identities_are_learned(prepared, tmp_path):
+    options = TrainOptions(
+        data=prepared, runs=tmp_path, name="r", **{**TINY, "epochs": 12, "lr": 0.2, "s": 16.0}
+    )
+    train.main(options)
+    losses = [event.value for event in scalars(tmp_path / "r", "train/loss")]
+    assert losses[-1] < 0.6 * losses[0]
+    accuracy = [event.value for event in scalars(tmp_path / "r", "train/accuracy")]
+    assert accuracy[-1] > 0.5  # of 54 identities, on plain cosines
+    assert json.loads((tmp_path / "r/result.json").read_text())["validation"] > 0.85
+
+
+def test_a_run_is_a_function_of_its_seed(finished, tmp_path):
+    options, run = finished
+    train.main(dataclasses.replace(options, runs=tmp_path))
+    assert same(weights(tmp_path / "r"), weights(run))
+    train.main(dataclasses.replace(options, runs=tmp_path, name="other", seed=1))
+    assert not same(weights(tmp_path / "other"), weights(run))
+
+
+@pytest.mark.parametrize(("stop_at", "workers"), [(1, 0), (10, 0), (13, 1)])
+def test_a_stopped_run_goes_on_as_if_never_stopped(
+    finished, tmp_path, monkeypatch, stop_at, workers
+):
+    options, run = finished
+    options = dataclasses.replace(options, runs=tmp_path, workers=workers)
+
+    class StopAt(train.Stop):  # as if SIGTERM came in that step
+        calls = 0
+
+        @property
+        def code(self):
+            type(self).calls += 1
+            return 143 if (self.calls + 1) // 2 >= stop_at else 0
+
+        @code.setter
+        def code(self, value):
+            pass
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "Stop", StopAt)
+        assert train.main(options) == 143
+    stopped = torch.load(tmp_path / "r/last.pt", weights_only=True)["step"]
+    assert 0 < stopped < 20
+    with pytest.raises(InputError, match="add --resume"):
+        train.main(options)
+    assert train.main(dataclasses.replace(options, resume=True)) == 0
+    assert same(weights(tmp_path / "r"), weights(run))
+    assert (tmp_path / "r/result.json").read_text() == (run / "result.json").read_text()
+    steps = [event.step for event in scalars(tmp_path / "r", "train/loss")]
+    assert len(steps) == len(set(steps))
+
+
+def test_a_finished_run_says_so_and_other_options_are_refused(finished, capsys):
+    options, run = finished
+    before = (run / "last.pt").stat().st_mtime_ns
+    assert train.main(options) == 0
+    assert "is finished" in capsys.readouterr().out
+    assert train.main(dataclasses.replace(options, log_every=7)) == 0  # changes no result
+    with pytest.raises(InputError, match=r"lr 0\.1, now 0\.3"):
+        train.main(dataclasses.replace(options, lr=0.3))
+    assert (run / "last.pt").stat().st_mtime_ns == before
+
+
+def test_resume_of_nothing_is_refused(options):
+    with pytest.raises(InputError, match="no run to resume"):
+        train.main(dataclasses.replace(options, resume=True))
+
+
+def test_a_damaged_last_checkpoint_is_passed_over(options, monkeypatch, capsys):
+    monkeypatch.setattr(checkpoint, "write_json", skip_result(checkpoint.write_json))
+    train.main(options)  # ends without result.json, as if killed just before
+    run = options.runs / "r"
+    data = bytearray((run / "last.pt").read_bytes())
+    data[len(data) // 2] ^= 1
+    (run / "last.pt").write_bytes(bytes(data))
+    monkeypatch.undo()
+    assert train.main(dataclasses.replace(options, resume=True)) == 0
+    told = capsys.readouterr()
+    assert "WARNING" in told.err and "last.pt is damaged" in told.err
+    assert "going on from step 10" in told.out
+
+
+def skip_result(real):
+    return lambda path, value: None if path.name == "result.json" else real(path, value)
+
+
+def test_other_identities_are_refused_at_resume(options, monkeypatch, tmp_path):
+    folder = make_prepared(tmp_path / "set", 30, 4)
+    options = dataclasses.replace(options, data=folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_json", skip_result(checkpoint.write_json))
+        train.main(options)
+    make_prepared(tmp_path / "set", 31, 4)
+    with pytest.raises(InputError, match="was trained on 27 identities"):
+        train.main(dataclasses.replace(options, resume=True))
+
+
+def test_the_weights_say_what_they_are(finished):
+    _, run = finished
+    _, metadata = checkpoint.load_weights(run / "best.safetensors")
+    assert metadata["network"] == "mbf" and metadata["embedding_size"] == "32"
+    assert "RGB" in metadata["input"] and "127.5" in metadata["input"]
+    model = utils.load_backbone(run)
+    crops = np.random.default_rng(0).integers(0, 256, (3, 112, 112, 3), dtype=np.uint8)
+    embeddings = utils.embed(model, crops, flip=False)
+    assert embeddings.shape == (3, 32) and embeddings.dtype == np.float32
+    mirrored = utils.embed(model, crops[:, :, ::-1], flip=False)
+    assert np.allclose(utils.embed(model, crops), embeddings + mirrored, atol=1e-5)
+    batch = torch.from_numpy(crops).permute(0, 3, 1, 2) / 255  # the contract, written out
+    assert torch.equal(utils.to_batch(crops), utils.to_batch(torch.from_numpy(crops)))
+    assert torch.allclose(utils.to_batch(crops), (batch - 0.5) / 0.5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"batch_size": 400}, "fewer than one batch"),
+        ({"data": Path("nowhere")}, "nowhere/manifest.csv is not there"),
+        ({"min_images": 7}, "lower --min-images"),
+        ({"device": "cuda:99"}, "cuda:99 is not there"),
+        ({"device": "abacus"}, "abacus is unknown"),
+        ({"amp": "fp16", "device": "cpu"}, "fp16 needs CUDA"),
+        ({"val_pairs": Path("x.txt")}, "needs --val-data"),
+    ],
+)
+def test_bad_input_is_refused_before_a_folder_is_made(options, change, said):
+    with pytest.raises(InputError, match=said):
+        train.main(dataclasses.replace(options, **change))
+    assert not (options.runs / "r").exists()
+
+
+def test_view_2_is_refused_for_validation(options, shared, prepared):
+    changed = dataclasses.replace(options, val_data=prepared, val_pairs=shared / "data/pairs.txt")
+    with pytest.raises(InputError, match="View 2"):
+        train.main(changed)
+
+
+def test_validation_on_given_pairs(options, prepared, tmp_path):
+    lines = []
+    for identity in range(20):
+        one, other = f"id{identity:03d}", f"id{identity + 30:03d}"
+        lines += [f"{one}/00.jpg\t{one}/01.jpg\t1", f"{one}/00.jpg\t{other}/00.jpg\t0"]
+    (tmp_path / "pairs.tsv").write_text("\n".join(lines))
+    changed = dataclasses.replace(
+        options, epochs=1, val_data=prepared, val_pairs=tmp_path / "pairs.tsv"
+    )
+    assert train.main(changed) == 0
+    result = json.loads((options.runs / "r/result.json").read_text())
+    assert 0 <= result["validation"] <= 1
+    assert json.loads((options.runs / "r/config.json").read_text())["identities"] == 60
+
+
+def test_no_update_is_made_with_a_loss_that_is_not_finite(options, monkeypatch):
+    real, calls = train.focal_loss, []
+
+    def nan_at_the_fifth(*arguments):
+        calls.append(1)
+        return real(*arguments) * (math.nan if len(calls) == 5 else 1.0)
+
+    monkeypatch.setattr(train, "focal_loss", nan_at_the_fifth)
+    with pytest.raises(InputError) as error:
+        train.main(dataclasses.replace(options, save_every=1))
+    text = str(error.value)
+    assert "step 4" in text and "learning rate" in text and "images/id" in text
+    saved = torch.load(options.runs / "r/last.pt", weights_only=True)
+    assert saved["step"] == 4
+    assert all(torch.isfinite(value).all() for value in saved["backbone"].values())
+
+
+def test_weight_decay_spares_norms_biases_and_slopes(options):
+    backbone, head = models.create("se-r18", width=0.125), ArcMarginHead(512, 10)
+    decayed, spared = train.make_optimizer(backbone, head, options).param_groups
+    assert decayed["weight_decay"] == options.weight_decay and spared["weight_decay"] == 0
+    assert any(p is head.weight for p in decayed["params"])
+    names = {id(p): name for name, p in backbone.named_parameters()}
+    for parameter in spared["params"]:
+        assert "bn" in names[id(parameter)] or any(
+            part in names[id(parameter)] for part in ("prelu", "bias", "downsample.1", "features")
+        )
+    counted = sum(len(group["params"]) for group in (decayed, spared))
+    trained = [p for m in (backbone, head) for p in m.parameters() if p.requires_grad]
+    assert counted == len(trained)
+
+
+def test_the_schedules(options):
+    def rates(**change):
+        changed = dataclasses.replace(options, lr=1.0, batch_size=32, lr_batch=32, **change)
+        return [train.learning_rate(step, 100, changed) for step in range(100)]
+
+    cosine = rates(schedule="cosine", warmup=0.1)
+    assert cosine[:10] == pytest.approx([0.1 * step for step in range(1, 11)])
+    assert cosine[10] == 1.0 and cosine[55] == pytest.approx(0.5) and cosine[99] < 0.001
+    step = rates(schedule="step", warmup=0.0, milestones=(0.5, 0.75))
+    assert step[0] == step[49] == 1.0
+    assert step[50] == step[74] == pytest.approx(0.1) and step[75] == pytest.approx(0.01)
+    poly = rates(schedule="poly", warmup=0.0)
+    assert poly[0] == 1.0 and poly[50] == pytest.approx(0.25)
+    double = dataclasses.replace(options, lr=0.1, batch_size=256, lr_batch=128, warmup=0.0)
+    assert train.learning_rate(0, 100, double) == pytest.approx(0.2)
+    unscaled = dataclasses.replace(double, lr_batch=0)
+    assert train.learning_rate(0, 100, unscaled) == pytest.approx(0.1)
+
+
+def test_the_heads_of_the_options(options):
+    def head(**change):
+        made = train.make_head(dataclasses.replace(options, s=30.0, m=0.4, **change), 5)
+        return made.s, made.m, made.m1, made.m3
+
+    assert head(head="arcface", m1=1.5, m3=0.2) == (30.0, 0.4, 1.0, 0.0)
+    assert head(head="cosface", m3=0.2) == (30.0, 0.0, 1.0, 0.2)
+    assert head(head="combined", m1=1.5, m3=0.2) == (30.0, 0.4, 1.5, 0.2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_step_and_saves(prepared, tmp_path, number, code):
+    words = [f"--{key.replace('_', '-')}={value}" for key, value in TINY.items()]
+    command = [sys.executable, str(config.ROOT / "train.py"), "--data", str(prepared), *words]
+    command += ["--runs", str(tmp_path), "--name", "r", "--epochs", "500", "--workers", "1"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    for line in process.stdout:
+        if line.startswith("step "):
+            break
+    os.killpg(process.pid, number)  # as Ctrl-C does: the loader processes get it too
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert "--resume goes on" in out and "Traceback" not in err
+    assert checkpoint.load_checkpoint(tmp_path / "r")[0]["step"] > 0
+
+
+@pytest.mark.slow
+def test_thirty_kills_leave_no_unreadable_checkpoint(prepared, tmp_path):
+    """SIGKILL a real run that saves at every step, again and again; each time it goes on."""
+    words = [f"--{key.replace('_', '-')}={value}" for key, value in TINY.items()]
+    command = [sys.executable, str(config.ROOT / "train.py"), "--data", str(prepared), *words]
+    command += ["--runs", str(tmp_path), "--name", "r", "--epochs", "5000", "--save-every", "1"]
+    rng = np.random.default_rng(0)
+    reached = 0
+    for kill in range(30):
+        process = subprocess.Popen(
+            [*command, *(["--resume"] if kill else [])],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        for line in process.stdout:
+            if line.startswith("step "):
+                break
+        else:
+            pytest.fail(process.stderr.read())
+        time.sleep(rng.uniform(0, 0.5))
+        process.kill()
+        process.wait()
+        saved, warnings = checkpoint.load_checkpoint(tmp_path / "r")
+        assert warnings == [] and saved["step"] > reached
+        reached = saved["step"]
