@@ -26,7 +26,7 @@ import cv2
 import numpy as np
 
 # The demo: identities, and photos of each; train and test share no identity.
-DEMO_TRAIN = (range(260), 6)
+DEMO_TRAIN = (range(280), 6)
 DEMO_TEST = (range(1000, 1050), 8)
 DEMO_FOLDS, DEMO_PAIRS = 10, 60  # folds, and pairs a fold of each kind
 
@@ -40,12 +40,12 @@ GRID_Y = np.arange(-1.70, 1.80, 1 / UNIT, dtype=np.float32)
 TRAITS = {
     "eye_x": (0.40, 0.52),  # half the distance between the eyes
     "eye_width": (0.15, 0.24),  # half the length of an eye's opening
-    "eye_height": (0.065, 0.13),
-    "eye_tilt": (-0.035, 0.06),  # how far the outer corner lies above the inner one
+    "eye_height": (0.06, 0.135),
+    "eye_tilt": (-0.05, 0.07),  # how far the outer corner lies above the inner one
     "lid": (0.03, 0.11),  # height of the crease above the eye
     "iris": (0.0, 1.0),  # a place in IRIS_COLOURS
     "brow_height": (0.20, 0.42),  # above the eye's centre
-    "brow_thickness": (0.02, 0.11),
+    "brow_thickness": (0.02, 0.12),
     "brow_arch": (0.0, 0.14),
     "brow_tilt": (-0.08, 0.09),
     "brow_length": (0.19, 0.31),
@@ -57,8 +57,8 @@ TRAITS = {
     "bridge": (0.06, 0.12),
     "mouth_gap": (0.36, 0.58),  # from the nose's tip down to the mouth
     "mouth_width": (0.25, 0.44),
-    "lip_upper": (0.045, 0.11),
-    "lip_lower": (0.06, 0.15),
+    "lip_upper": (0.04, 0.12),
+    "lip_lower": (0.06, 0.17),
     "lip_red": (0.0, 1.2),
     "chin_gap": (0.48, 0.74),  # from the mouth down to the chin
     "face_width": (0.86, 1.07),
@@ -75,37 +75,37 @@ TRAITS = {
 }
 # What a photo is: name -> lowest and highest value, of which the middle is likelier.
 CONDITIONS = {
-    "yaw": (-32.0, 32.0),  # degrees
-    "pitch": (-16.0, 16.0),
+    "yaw": (-28.0, 28.0),  # degrees
+    "pitch": (-14.0, 14.0),
     "roll": (-20.0, 20.0),
     "camera": (7.0, 25.0),  # its distance, in units
     "eye_distance": (33.0, 47.0),  # in pixels of a photo of SIZE, frontal
     "shift_x": (-0.07, 0.07),  # share of the photo's side
     "shift_y": (-0.06, 0.06),
-    "light_x": (-1.5, 1.5),  # direction of the key light, of which z is 1
-    "light_y": (-1.4, 0.5),
-    "key": (0.45, 1.25),  # strength of the key light and of the fill light
-    "fill": (0.22, 0.55),
+    "light_x": (-1.3, 1.3),  # direction of the key light, of which z is 1
+    "light_y": (-1.3, 0.4),
+    "key": (0.5, 1.15),  # strength of the key light and of the fill light
+    "fill": (0.25, 0.55),
     "key_warmth": (-1.0, 1.0),
     "fill_warmth": (-1.0, 1.0),
     "smile": (-0.3, 1.0),
     "jaw_drop": (-1.2, 1.0),
     "brow_raise": (-0.03, 0.05),
-    "eye_open": (0.65, 1.15),
+    "eye_open": (0.75, 1.15),
     "gaze_x": (-0.05, 0.05),
     "gaze_y": (-0.02, 0.02),
     "hair_tone": (0.0, 1.0),  # a place in HAIR_COLOURS
     "hair_light": (0.6, 1.3),
     "hair_volume": (0.02, 0.24),
     "hair_length": (-1.0, 1.0),
-    "hairline_shift": (-0.10, 0.16),
+    "hairline_shift": (-0.08, 0.1),
     "parting": (-0.35, 0.35),  # slope of the hairline
-    "beard": (-2.0, 1.0),
-    "glasses": (-3.0, 1.0),
-    "blur": (0.0, 0.9),  # pixels
-    "noise": (0.5, 6.0),  # grey levels
+    "beard": (-2.5, 1.0),
+    "glasses": (-4.0, 1.0),
+    "blur": (0.0, 0.7),  # pixels
+    "noise": (0.5, 4.0),  # grey levels
     "gamma": (0.8, 1.3),
-    "saturation": (0.55, 1.15),
+    "saturation": (0.65, 1.15),
 }
 IRIS_COLOURS = "#341e12 #603a1c #7a6030 #587048 #5c84a8 #808c94"
 SKIN_COLOURS = "#f4d0ba #e0b092 #be8866 #8c5c40 #62402e"

@@ -105,11 +105,13 @@ def main(options: TrainOptions) -> int:
         faces, sampler, options.augment, options.workers, options.timeout, device.type == "cuda"
     )
     write_config(run, options, faces, device, amp)
-    writer = SummaryWriter(str(run), purge_step=step + 1 if step else None)
+    # What a killed run logged after its last checkpoint is logged again: one value a step.
+    writer = SummaryWriter(str(run), purge_step=step + 1)
     if not step:
         writer.add_text("options", options_table(options), 0)
 
     def save() -> None:
+        writer.flush()  # the curves reach as far as the checkpoint
         checkpoint.save_checkpoint(
             run,
             {
@@ -430,7 +432,7 @@ def check_finite(
         return
     photos = ", ".join(faces.images[index] for index in batch.indices[:4].tolist())
     raise InputError(
-        f"loss {float(loss):g} and gradient norm {float(norm):g} at step {step}, learning rate "
+        f"loss {loss.item():g} and gradient norm {norm.item():g} at step {step}, learning rate "
         f"{rate:g}, photos {photos}, ...: the update was not made; lower --lr, then --resume"
     )
 

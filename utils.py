@@ -23,7 +23,9 @@ from config import ROOT, InputError
 def to_batch(crops: np.ndarray | torch.Tensor, device: torch.device | str = "cpu") -> torch.Tensor:
     """uint8 (N, H, W, 3) RGB -> float32 (N, 3, H, W) in [-1, 1]: (x / 255 - 0.5) / 0.5."""
     # Moved as bytes, a quarter of the floats. The permuted view is channels-last already.
-    pixels = torch.as_tensor(crops).to(device, non_blocking=True).permute(0, 3, 1, 2)
+    if isinstance(crops, np.ndarray):
+        crops = torch.from_numpy(np.ascontiguousarray(crops))  # torch takes no mirrored view
+    pixels = crops.to(device, non_blocking=True).permute(0, 3, 1, 2)
     return pixels.float().div_(127.5).sub_(1.0)  # (N, 3, H, W)
 
 

@@ -16,7 +16,7 @@ from manifest import ALIGNED, Row
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # the nets are tiny: threads would only wait for each other
 
 
 @pytest.fixture(scope="session")
@@ -33,7 +33,7 @@ def script():
 
     def run(*words: object, cwd: Path = ROOT, timeout: float = 120) -> subprocess.CompletedProcess:
         command = [sys.executable, str(ROOT / str(words[0])), *map(str, words[1:])]
-        environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         return subprocess.run(
             command, cwd=cwd, timeout=timeout, capture_output=True, text=True, env=environment
         )
@@ -61,5 +61,5 @@ def make_prepared(folder: Path, identities: int, photos: int, seed: int = 0) -> 
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory) -> Path:
-    """60 identities with 6 crops each. Read only."""
-    return make_prepared(tmp_path_factory.mktemp("prepared"), 60, 6)
+    """30 identities with 6 crops each. Read only."""
+    return make_prepared(tmp_path_factory.mktemp("prepared"), 30, 6)

@@ -54,10 +54,12 @@ def test_at_least_ten_photos_a_second_on_one_core():
     cv2.setNumThreads(1)
     try:
         draw_face(0, 0, 0)
-        start = time.thread_time()  # not the wall's clock: other work on the machine is not ours
+        seconds = []
         for k in range(20):
+            start = time.thread_time()  # not the wall's clock: other work here is not ours
             draw_face(0, k, 1)
-        rate = 20 / (time.thread_time() - start)
+            seconds.append(time.thread_time() - start)
+        rate = 1 / np.median(seconds)
     finally:
         cv2.setNumThreads(threads)
     assert rate >= 10, f"{rate:.1f} photos/s"
