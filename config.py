@@ -103,9 +103,15 @@ class TrainOptions:
     head: str = option(
         "arcface", "margin", choices=("arcface", "cosface", "combined"), group="margin head"
     )
-    s: float = option(64.0, "scale of the logits; 32 suits a thousand identities", above=0)
+    s: float = option(
+        32.0, "scale of the logits; 64 is published for ten thousand identities and more", above=0
+    )
     m: float = option(
-        0.5, "additive angular margin in radians (m2 of the combined margin)", low=0, high=3.14
+        0.3,
+        "additive angular margin in radians (m2 of the combined one); 0.5 is published, and needs "
+        "tens of epochs",
+        low=0,
+        high=3.14,
     )
     m1: float = option(1.0, "multiplies the angle (combined margin)", low=1, high=4)
     m3: float = option(
@@ -118,9 +124,7 @@ class TrainOptions:
     batch_size: int = option(64, "photos a step", low=2)
     lr: float = option(0.1, "learning rate for a batch of --lr-batch photos", above=0)
     lr_batch: int = option(
-        128,
-        "the batch that --lr is meant for: it is scaled by batch size / this; 0 = no scaling",
-        low=0,
+        64, "the batch that --lr is meant for: it is scaled by batch size / this; 0 = no", low=0
     )
     schedule: str = option("cosine", "of the learning rate", choices=("cosine", "step", "poly"))
     milestones: tuple[float, ...] = option(
@@ -129,7 +133,7 @@ class TrainOptions:
         low=0,
         high=1,
     )
-    warmup: float = option(0.05, "share of the run in which lr rises from 0", low=0, high=1)
+    warmup: float = option(0.1, "share of the run in which lr rises from 0", low=0, high=1)
     momentum: float = option(0.9, "of SGD", low=0, high=0.9999)
     weight_decay: float = option(5e-4, "not applied to BN, biases and PReLU", low=0)
     clip_norm: float = option(
@@ -201,23 +205,24 @@ RECIPES: dict[str, dict[str, object]] = {
     # The demo on synthetic faces: three minutes on 2 CPU cores.
     "demo": {
         "network": "se-r18", "width": 0.25, "embedding_size": 128, "dropout": 0.2, "epochs": 6,
-        "batch_size": 32, "lr_batch": 32, "warmup": 0.1, "s": 32.0, "m": 0.3,
+        "batch_size": 32, "lr_batch": 32,
     },
     # The small-CPU one: 17 thousand photos of 3 thousand people on 2 cores, about an hour.
-    "small-cpu": {"network": "se-r18", "width": 0.5, "epochs": 20, "s": 32.0, "m": 0.4},
+    "small-cpu": {"network": "se-r18", "width": 0.25, "epochs": 10, "augment": "strong"},
     # ArcFace paper, section 3.1: batch 512, lr 0.1, wd 5e-4; /10 at 20K and 28K of 32K steps.
     "casia-r50": {
         "network": "r50", "epochs": 34, "batch_size": 512, "lr": 0.1, "lr_batch": 512,
-        "schedule": "step", "milestones": (0.625, 0.875), "warmup": 0.0, "dropout": 0.4,
+        "schedule": "step", "milestones": (0.625, 0.875), "warmup": 0.0, "s": 64.0, "m": 0.5,
+        "dropout": 0.4,
     },
     # The same on MS1MV2 (5.8 M photos): /10 at 100K and 160K of 180K steps, i.e. 16 passes.
     "ms1m-r50": {
         "network": "r50", "epochs": 16, "batch_size": 512, "lr": 0.1, "lr_batch": 512,
-        "schedule": "step", "milestones": (0.556, 0.889), "warmup": 0.0,
+        "schedule": "step", "milestones": (0.556, 0.889), "warmup": 0.0, "s": 64.0, "m": 0.5,
     },
     "ms1m-r100": {
         "network": "r100", "epochs": 16, "batch_size": 512, "lr": 0.1, "lr_batch": 512,
-        "schedule": "step", "milestones": (0.556, 0.889), "warmup": 0.0,
+        "schedule": "step", "milestones": (0.556, 0.889), "warmup": 0.0, "s": 64.0, "m": 0.5,
     },
 }  # fmt: skip
 

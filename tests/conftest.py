@@ -33,7 +33,7 @@ def script():
 
     def run(*words: object, cwd: Path = ROOT, timeout: float = 120) -> subprocess.CompletedProcess:
         command = [sys.executable, str(ROOT / str(words[0])), *map(str, words[1:])]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "PYTHONWARNINGS": "error::UserWarning"}
         return subprocess.run(
             command, cwd=cwd, timeout=timeout, capture_output=True, text=True, env=environment
         )

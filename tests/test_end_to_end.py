@@ -1,0 +1,70 @@
+"""The whole pipeline as a person runs it. Run: python -m pytest -m slow tests/test_end_to_end.py"""
+
+import json
+import re
+import subprocess
+import time
+
+import numpy as np
+import pytest
+
+import data_gen
+import protocol
+from conftest import ROOT
+
+pytestmark = pytest.mark.slow
+
+
+def make_demo() -> tuple[str, float]:
+    start = time.monotonic()
+    # The environment of the tests is there already: only the scripts are timed.
+    done = subprocess.run(["make", "demo"], cwd=ROOT, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "Warning" not in done.stderr and "WARNING" not in done.stdout + done.stderr
+    return done.stdout, time.monotonic() - start
+
+
+def test_make_demo_learns_identity_and_a_second_run_has_nothing_to_do():
+    subprocess.run(["make", "clean-demo"], cwd=ROOT, check=True, capture_output=True)
+    said, seconds = make_demo()
+    accuracy = float(re.search(r"accuracy +([\d.]+) %", said)[1]) / 100
+    assert accuracy >= 0.88
+    assert "runs/demo/lfw" in said
+    assert seconds < 480  # six minutes on a quiet machine
+
+    # No trivial cue: the raw aligned pixels of the same pairs stay ten points below.
+    folder = ROOT / "data/synthetic/test"
+    pairs = protocol.read_pairs(folder / "pairs.txt")
+    photos, left, right = data_gen.find_photos(pairs, folder)
+    crops = np.stack([data_gen.read_crop(photo.crop).ravel() for photo in photos]) / 127.5 - 1
+    angles = protocol.theta(crops[left], crops[right])
+    pixels = protocol.kfold_accuracy(angles, pairs.same, pairs.fold).mean
+    assert pixels <= accuracy - 0.10
+
+    before = {path: path.stat().st_mtime_ns for path in (ROOT / "runs/demo").glob("*.pt")}
+    again, seconds = make_demo()
+    assert seconds < 60
+    assert "nothing was left to do" in again and "is finished" in again
+    assert before == {path: path.stat().st_mtime_ns for path in (ROOT / "runs/demo").glob("*.pt")}
+    assert f"{accuracy:.2%}".replace("%", " %") in again
+
+
+def test_alignment_and_protocol_on_the_whole_of_lfw(shared, script, tmp_path):
+    """The reference network loses percents on a wrong crop or protocol; floors from its README."""
+    done = script(
+        "pre_process.py", "--src", shared / "data/lfw-deepfunneled.tgz",
+        "--out", tmp_path / "lfw", "--keep-undetected", timeout=1500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"aligned +8,1\d\d ", done.stdout)
+    for flip, floor in (("--no-flip", 0.9900), ("--flip", 0.9915)):
+        done = script(
+            "lfw_eval.py", "--data", tmp_path / "lfw", "--pairs", shared / "data/pairs.txt",
+            "--model", shared / "reference/face_embedder.onnx", "--out", tmp_path / flip, flip,
+            "--input-mean", 127, "--input-std", 128, timeout=1500,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert "6000 of 6000 pairs scored" in done.stdout
+        result = json.loads((tmp_path / flip / "eval.json").read_text())
+        assert result["accuracy"]["mean"] >= floor
+        assert len(result["data"]["undetected"]) <= 3
