@@ -5,6 +5,8 @@ An archive with a path that leaves the destination, or that expands more than 10
 whole: nothing of it is kept. tarfile's own filter is not relied on (CVE-2025-4517, CVE-2025-4330).
 """
 
+import errno
+import lzma
 import os
 import shutil
 import stat
@@ -20,6 +22,12 @@ from config import InputError
 from images import SUFFIXES
 
 KINDS = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")
+# What a damaged archive, or one with a password, raises; bz2 an OSError without a number.
+BROKEN = (
+    *(zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, lzma.LZMAError),
+    *(RuntimeError, NotImplementedError, OSError),
+)
+ODD = (None, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EINVAL)  # a file within a file, too
 _MAX_RATIO = 100
 _SLACK = 10 << 20  # bytes that any archive may expand to, whatever the ratio
 
@@ -44,8 +52,10 @@ def unpack(archive: Path, destination: Path) -> Counter:
             target.parent.mkdir(parents=True, exist_ok=True)
             with open(target, "wb") as file:
                 shutil.copyfileobj(content, file, 1 << 20)
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, RuntimeError) as error:
+    except BROKEN as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno not in ODD:
+            raise  # the disk's fault, not the archive's
         raise InputError(
             f"{archive} is damaged or not an archive ({error}): fetch it again, or unpack it "
             "yourself and name the folder"

@@ -6,10 +6,13 @@ holds the old and the coming hash, and either is valid: a kill at any moment lea
 that loads. A flipped byte, which torch.load and safetensors take without a word, is detected.
 """
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -33,6 +36,26 @@ def write_json(path: Path, value: object) -> None:
     """Sorted keys and a final newline: the same value gives the same bytes."""
     text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     write_atomic(path, (text + "\n").encode())
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """One process a folder. The lock is the kernel's: it goes with the process, however that ends.
+
+    Raises InputError: another one has it.
+    """
+    with open(folder / ".lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            raise InputError(
+                f"{folder} is in use by process {file.read().strip() or '?'}: wait for its end"
+            ) from error
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
 
 
 def sha256(path: Path) -> str:
@@ -64,7 +87,8 @@ def load_checkpoint(folder: Path) -> tuple[dict, list[str]]:
 
     Raises InputError where none loads: a run never starts over silently.
     """
-    warnings = []
+    warnings: list[str] = []
+    damaged: list[Path] = []
     hashes = _read_hashes(folder)
     for name in (LAST, PREVIOUS):
         path = folder / name
@@ -73,12 +97,17 @@ def load_checkpoint(folder: Path) -> tuple[dict, list[str]]:
         damage = _damage(path, hashes)
         if damage is None:
             try:
-                return torch.load(path, map_location="cpu", weights_only=True), warnings
+                state = torch.load(path, map_location="cpu", weights_only=True)
+                # Out of the way, so that the next save does not put it in the place of this one.
+                for bad in damaged:
+                    os.replace(bad, bad.with_name(f"{bad.name}.damaged"))
+                return state, warnings
+            except MemoryError:
+                raise
             except Exception as error:  # torch.load raises five kinds for a file that is not one
                 damage = f"does not load ({str(error).splitlines()[0][:120]})"
-        # Out of the way, so that the next save does not put it in the place of the good one.
-        os.replace(path, path.with_name(f"{name}.damaged"))
-        warnings.append(f"{path} {damage}: it is set aside as {name}.damaged")
+        damaged.append(path)
+        warnings.append(f"{path} {damage}")
     said = "; ".join(warnings) or f"{folder} holds no checkpoint"
     raise InputError(f"{said}; start the run anew under another --name, or delete {folder}")
 
@@ -138,8 +167,11 @@ def _write_temporary(path: Path, write: bytes | Callable[[BinaryIO], object]) ->
                 file.write(write)
             file.flush()
             os.fsync(file.fileno())
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, RuntimeError):  # what torch.save makes of a write that failed
+            said = f"can't be written, is the disk full? ({str(error).splitlines()[0][:80]})"
+            raise OSError(errno.ENOSPC, said, str(path)) from error
         raise
     return temporary
 

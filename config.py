@@ -68,7 +68,10 @@ class PreProcessOptions:
     )
     factor: float = option(0.709, "step of the image pyramid", low=0.1, high=0.95)
     max_pixels: int = option(
-        50_000_000, "a photo with more pixels is rejected before it is decoded", low=1
+        50_000_000,
+        "a photo with more pixels is rejected before it is decoded",
+        low=1,
+        high=178_000_000,  # Pillow's own limit
     )
     batch_size: int = option(32, "photos of one size detected together", low=1, group="speed")
     workers: int = option(
@@ -158,7 +161,11 @@ class TrainOptions:
     )
 
     seed: int = option(
-        0, "of weights, order, augmentation and held-out identities", low=0, group="run"
+        0,
+        "of weights, order, augmentation and held-out identities",
+        low=0,
+        high=2**32 - 1,
+        group="run",
     )
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     amp: str = option(
@@ -244,6 +251,8 @@ def parse(kind: type[Options], doc: str | None, argv: list[str] | None = None) -
     if unknown:
         parser.error(_suggest(unknown[0], parser))
     values = vars(named)
+    if kind is TrainOptions and not {"data", "recipe"} & values.keys() and not RAW.exists():
+        values["recipe"] = "demo"  # on the embedded faces; what the command line names still wins
     recipe = values.get("recipe")
     if recipe is not None:
         if recipe not in RECIPES:
@@ -271,10 +280,18 @@ def run(main: Callable[[typing.Any], int | None], options: object) -> typing.NoR
         code = 141
     except OSError as error:
         disk = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
-        if error.errno not in disk:
+        path = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG)
+        if error.errno not in disk + path:
             raise
-        code = complain(f"{error.filename or 'a file'}: {error.strerror}; what was done is kept", 1)
+        said = f"{error.filename or 'a file'}: {error.strerror}; what was done is kept"
+        code = complain(said, 1 if error.errno in disk else 2)
     sys.exit(code)
+
+
+def canonical(path: Path) -> str:
+    """A path as it is kept in files: below the repo relative to it, so that a clone can move."""
+    path = path.resolve()
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
 
 def complain(line: str, code: int) -> int:

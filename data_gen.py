@@ -8,10 +8,11 @@ The order of the photos is a function of (seed, epoch) and the augmentation of o
 index), so a run that is resumed is the same run, whatever the number of loader processes.
 """
 
+import hashlib
 import signal
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,6 +37,7 @@ class FaceSet:
     images: list[str]  # (N) paths below the folder
     labels: np.ndarray  # int64 (N,)
     identities: list[str]  # (C) names, sorted
+    left_out: int = 0  # photos of the folder that are not in the set: no face, or too few
 
     def __len__(self) -> int:
         return len(self.images)
@@ -43,12 +45,18 @@ class FaceSet:
     def path(self, index: int) -> Path:
         return self.folder / self.images[index]
 
+    def digest(self) -> str:
+        """Tells whether another set is the same photos under the same class numbers."""
+        lines = (f"{label} {image}" for label, image in zip(self.labels, self.images, strict=True))
+        return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
+
 
 def load_faces(folder: Path, min_images: int = 1) -> FaceSet:
     """The aligned crops of a prepared folder. Raises InputError: not prepared, or nothing in it."""
     rows = [cells[1:4] for cells in manifest.read_rows(folder / manifest.NAME)]
     pairs = sorted((name, image) for name, image, status in rows if status == manifest.ALIGNED)
-    return _face_set(folder, pairs, min_images)
+    faces = _face_set(folder, pairs, min_images)
+    return replace(faces, left_out=len(rows) - len(faces))
 
 
 def _face_set(folder: Path, pairs: list[tuple[str, str]], min_images: int = 1) -> FaceSet:
@@ -101,6 +109,9 @@ def make_pairs(faces: FaceSet, seed: int, most: int = 3000) -> tuple[np.ndarray,
         picked = rng.permutation(len(first))[:10]
         genuine += zip(group[first[picked]], group[second[picked]], strict=True)
     genuine = rng.permutation(np.array(genuine, dtype=np.int64).reshape(-1, 2))[:most]  # (G, 2)
+    counts = np.bincount(faces.labels)
+    possible = (len(faces) ** 2 - int((counts**2).sum())) // 2  # pairs of different identities
+    genuine = genuine[: possible // 2]  # never more than can be drawn in a moment
     impostor: set[tuple[int, int]] = set()
     while len(impostor) < len(genuine):
         one, other = sorted(rng.integers(len(faces), size=2).tolist())
@@ -333,6 +344,9 @@ def _collate(samples: list) -> tuple[torch.Tensor, ...] | str:
 
 
 def _start_worker(_: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's: it ends the step first
+    # A signal to the whole group is the parent's to handle: it ends the step and saves first. So
+    # Ctrl-C is ignored here, and SIGTERM obeyed after 20 seconds.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(20))
     torch.set_num_threads(1)
     cv2.setNumThreads(0)

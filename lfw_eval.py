@@ -41,7 +41,6 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 import data_gen
-import manifest
 import protocol
 import utils
 from checkpoint import BEST, sha256, write_atomic, write_json
@@ -69,6 +68,8 @@ def main(options: config.EvalOptions) -> None:
     )  # left, right: (N,) index into photos
     hashes = [hash_crop(photo) for photo in photos]
     model_file = utils.model_file(options.model)
+    if model_file.suffix == ".onnx":
+        device = torch.device("cpu")  # onnxruntime's CPU provider
     out = report_folder(options, model_file)
 
     # --- embeddings, from the last run or from the network
@@ -106,6 +107,7 @@ def main(options: config.EvalOptions) -> None:
 
     # --- the report; eval.json comes last, so where it is the rest is too
     make_folder(out)
+    (out / "eval.json").unlink(missing_ok=True)
     draw_theta(out / "theta_dist.png", angles, pairs.same, folds, result)
     draw_roc(out / "roc.png", angles, pairs.same, result)
     for name, kind in (("false_positives", ~pairs.same), ("false_negatives", pairs.same)):
@@ -142,9 +144,13 @@ def with_defaults(options: config.EvalOptions) -> config.EvalOptions:
     """Fill in what was not named: LFW where the user has own photos, else the synthetic faces."""
     data, model = options.data, options.model
     if data is None:
-        lfw = config.DATA / "lfw"
-        own = config.RAW.is_dir() and (lfw / manifest.NAME).exists()
-        data = lfw if own else config.SYNTHETIC / "test"
+        own = config.RAW.is_dir()
+        data = config.DATA / "lfw" if own else config.SYNTHETIC / "test"
+        if own and not data.is_dir():
+            raise InputError(
+                f"{data} is not there: prepare a test set (python pre_process.py --src lfw.tgz "
+                "--out data/lfw --keep-undetected), or name one with --data"
+            )
         what = "LFW" if own else "the embedded synthetic faces"
         print(f"no --data named: using {what}, {data}")
     if model is None:
@@ -193,7 +199,7 @@ class Cache:
     """Embeddings of earlier runs: sha256 of a crop's file -> float32 (E,).
 
     Held against the model's hash and whatever else enters an embedding; with any of these changed
-    it is empty. A damaged file is the same as none.
+    it is empty. A damaged file is the same as none: the rows have their own hash.
     """
 
     def __init__(self, path: Path, options: config.EvalOptions, model_hash: str):
@@ -202,10 +208,11 @@ class Cache:
         self.rows: dict[str, np.ndarray] = {}
         try:
             with safetensors.safe_open(path, framework="numpy") as file:
-                if (file.metadata() or {}).get("key") != self.key:
-                    return
+                metadata = file.metadata() or {}
                 hashes, rows = file.get_tensor("crops"), file.get_tensor("embeddings")
-        except (OSError, safetensors.SafetensorError):
+            if metadata != {"key": self.key, "sha256": digest(hashes, rows)}:
+                return
+        except (OSError, safetensors.SafetensorError):  # not there, damaged, of an older version
             return
         self.rows = {key.tobytes().hex(): row for key, row in zip(hashes, rows, strict=True)}
 
@@ -213,8 +220,14 @@ class Cache:
         if not self.rows:
             return
         hashes = np.array([list(bytes.fromhex(key)) for key in self.rows], dtype=np.uint8)
-        tensors = {"crops": hashes, "embeddings": np.stack(list(self.rows.values()))}  # (P, 32/E)
-        write_atomic(self.path, safetensors.numpy.save(tensors, {"key": self.key}))
+        rows = np.stack(list(self.rows.values()))  # (P, E)
+        metadata = {"key": self.key, "sha256": digest(hashes, rows)}
+        tensors = {"crops": hashes, "embeddings": rows}
+        write_atomic(self.path, safetensors.numpy.save(tensors, metadata))
+
+
+def digest(*arrays: np.ndarray) -> str:
+    return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
 
 
 def embed_photos(

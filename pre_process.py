@@ -20,12 +20,12 @@ if __name__ == "__main__":
     OPTIONS = config.parse(config.PreProcessOptions, __doc__)
 
 import csv
-import fcntl
 import io
 import itertools
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 import time
@@ -33,7 +33,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -45,7 +44,7 @@ import align_faces
 import archives
 import manifest
 import synthetic_faces
-from checkpoint import write_atomic, write_json
+from checkpoint import lock, write_atomic, write_json
 from config import InputError, PreProcessOptions
 from detect_faces import FaceDetector, Faces, central_face
 from images import SUFFIXES, UnreadableImage, read_image, write_jpeg
@@ -70,8 +69,13 @@ class Photo(NamedTuple):
 def main(options: PreProcessOptions) -> None:
     torch.set_num_threads(1)  # the work is spread over processes
     if options.src is None and not config.RAW.exists():
+        if options.out is not None:
+            raise InputError(f"--out {options.out} needs --src, since there is no data/raw")
         print("No --src and no data/raw: using the embedded synthetic faces (data/synthetic).")
-        drawn = synthetic_faces.write_demo(config.SYNTHETIC)
+        total = sum(len(people) * photos for people, photos in synthetic_faces.DEMO_SETS)
+        progress = Progress(total, "Drawing faces")
+        drawn = synthetic_faces.write_demo(config.SYNTHETIC, progress.update)
+        progress.close()
         print(f"Drew {drawn} photos." if drawn else "All of them are drawn.")
         for name in ("train", "test"):
             folder = config.SYNTHETIC / name
@@ -86,8 +90,8 @@ def prepare(src: Path, out: Path, options: PreProcessOptions) -> None:
     check_folders(src, out)
     existed = out.exists()
     out.mkdir(parents=True, exist_ok=True)
-    try:
-        with lock(out):
+    with lock(out):
+        try:
             root = open_source(src, out, options)
             listing = list_photos(root)
             done = read_journal(out, listing.photos)
@@ -96,10 +100,10 @@ def prepare(src: Path, out: Path, options: PreProcessOptions) -> None:
                 print(f"{src}: {len(done):,} of {len(listing.photos):,} photos are done already.")
             rate = detect_all(todo, root, out, done, options) if todo else None
             rows = finish(done, listing, root, out, options)
-    except InputError:
-        if not existed:  # leave no empty folder behind for a source that can't be used
-            remove_if_empty(out)
-        raise
+        except InputError:
+            if not existed:  # leave nothing behind for a source that can't be used
+                forget(out)
+            raise
     summarize(rows, listing, out, rate)
 
 
@@ -115,31 +119,16 @@ def check_folders(src: Path, out: Path) -> None:
         raise InputError(f"{src} is no folder and no archive ({kinds}): name one with --src")
     if src.is_dir() and out.resolve().is_relative_to(src.resolve()):
         raise InputError(f"{out} lies in {src}: crops would be taken for photos; move --out")
+    if src.resolve().is_relative_to((out / "images").resolve()):
+        raise InputError(f"{src} is where the crops of {out} go: name another --out")
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file: name a folder with --out")
-
-
-@contextmanager
-def lock(out: Path) -> Iterator[None]:
-    """One run a folder. The lock is the kernel's: it goes with the process, however that ends."""
-    with open(out / ".lock", "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            file.seek(0)
-            raise InputError(
-                f"{out} is being prepared by process {file.read().strip() or '?'}: wait for it"
-            ) from error
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
 
 
 def open_source(src: Path, out: Path, options: PreProcessOptions) -> Path:
     """The folder that holds the identities; an archive is unpacked first. Records the settings."""
     settings = {
-        "source": str(src.resolve()) if src.is_dir() else src.name,
+        "source": config.canonical(src) if src.is_dir() else src.name,
         "bytes": None if src.is_dir() else src.stat().st_size,
         "min_face_size": options.min_face_size,
         "thresholds": list(options.thresholds),
@@ -152,16 +141,20 @@ def open_source(src: Path, out: Path, options: PreProcessOptions) -> Path:
         if changed:
             said = ", ".join(f"{key} {old.get(key)}, now {settings[key]}" for key in changed)
             raise InputError(f"{out} was prepared with {said}: name another --out or delete it")
+    write_json(path, settings)  # before unpacking: what is in source/ belongs to it
     root = src
     if src.is_file():
         root = out / "source"
         if not root.exists():
             print(f"Unpacking {src} into {root}", flush=True)
-            skipped = archives.unpack(src, root)
+            try:
+                skipped = archives.unpack(src, root)
+            except BaseException:
+                path.unlink()  # nothing is here yet: another archive may come
+                raise
             for kind, count in sorted(skipped.items()):
                 print(f"  {count:,} {kind} in the archive were left")
         root = archives.strip_wrapper(root)
-    write_json(path, settings)
     return root
 
 
@@ -243,12 +236,17 @@ def read_journal(out: Path, photos: list[Photo]) -> dict[str, str]:
     done: dict[str, str] = {}
     finished = manifest.read_rows(out / manifest.NAME) if (out / manifest.NAME).exists() else ()
     for cells in itertools.chain(finished, journal_rows(out / JOURNAL)):
-        row = Row.parse(cells)
+        try:
+            row = Row.parse(cells)
+        except ValueError:  # damaged: the photo is done again
+            continue
         if row.status == UNDETECTED:  # decided anew at the end: the medians may have moved
             row = replace(row, status=REJECTED, image="", landmarks=None)
         if row.source not in planned or row.image not in ("", planned[row.source]):
             continue
-        if not row.image or is_filled(out / row.image):
+        # A photo that could not be read is tried again: it may have been mended, or --max-pixels
+        # raised.
+        if row.reason in CROPPABLE or (row.image and is_filled(out / row.image)):
             done[row.source] = row.line()
     write_atomic(out / JOURNAL, "".join(done.values()).encode(errors="surrogateescape"))
     return done
@@ -451,7 +449,10 @@ def crop_undetected(
     options: PreProcessOptions,
 ) -> Row:
     landmarks = (shares * (row.width, row.height)).round(4)  # (5, 2)
-    image = read_image(root / photo.source, options.max_pixels)
+    try:
+        image = read_image(root / photo.source, options.max_pixels)
+    except UnreadableImage as error:  # changed since it was looked at
+        return replace(row, reason=str(error))
     matrix = align_faces.similarity_transform(landmarks)
     write_crop(out / photo.image, align_faces.warp(image, matrix))
     return replace(row, image=photo.image, status=UNDETECTED, landmarks=landmarks)
@@ -486,11 +487,9 @@ def summarize(rows: list[Row], listing: Listing, out: Path, rate: float | None) 
     print(f"  {rate:.1f} photos/s" if rate else "  nothing was left to do")
 
 
-def remove_if_empty(out: Path) -> None:
-    for name in (".lock", SETTINGS, JOURNAL):
-        (out / name).unlink(missing_ok=True)
-    if not any(out.iterdir()):
-        out.rmdir()
+def forget(out: Path) -> None:
+    """Remove what a refused run made in a folder of its own: it holds no crops yet, or few."""
+    shutil.rmtree(out, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ import numpy as np
 # The demo: identities, and photos of each; train and test share no identity.
 DEMO_TRAIN = (range(280), 6)
 DEMO_TEST = (range(1000, 1050), 8)
+DEMO_SETS = (DEMO_TRAIN, DEMO_TEST)
 DEMO_FOLDS, DEMO_PAIRS = 10, 60  # folds, and pairs a fold of each kind
 
 SIZE = 176  # pixels of a photo's side: one size, so that detection can batch

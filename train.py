@@ -47,31 +47,60 @@ import utils
 from arcface import ArcMarginHead, cosface_head, focal_loss
 from config import InputError, TrainOptions
 
-# What may differ between a run and its continuation: it does not change the result.
-FREE = ("resume", "runs", "workers", "timeout", "log_every", "save_every", "device", "threads")
+# What may differ between a run and its continuation: not what is computed, but where and how it is
+# watched. (Another device or number of threads rounds differently, so the last bits may differ.)
+FREE = (
+    "resume",
+    "runs",
+    "workers",
+    "timeout",
+    "log_every",
+    "save_every",
+    "device",
+    "threads",
+    "recipe",
+)
 
 
 def main(options: TrainOptions) -> int:
     # ---- settings
     options = with_defaults(options)
+    check_options(options)
     if options.threads:
         torch.set_num_threads(options.threads)
     device = utils.pick_device(options.device)
     amp = pick_amp(options.amp, device)
     run = options.runs / options.name
-    state = open_run(run, options)
-    if state == "finished":
+    if open_run(run, options) == "finished":
         return 0
-    torch.manual_seed(options.seed)
 
     # ---- data
     faces = data_gen.load_faces(options.data, options.min_images)
+    print(
+        f"{len(faces):,} photos of {len(faces.identities):,} identities in {options.data}"
+        + (f" ({faces.left_out:,} others have no face, or too few)" if faces.left_out else "")
+    )
     faces, validation = make_validation(faces, options)
     check_size(faces, options)
-    print(f"{len(faces):,} photos of {len(faces.identities):,} identities in {options.data}")
     print(f"validation: {validation.what}" if validation else "no validation")
 
+    run.mkdir(parents=True, exist_ok=True)
+    with checkpoint.lock(run), Stop() as stop:
+        return train(run, options, faces, validation, device, amp, stop)
+
+
+def train(
+    run: Path,
+    options: TrainOptions,
+    faces: data_gen.FaceSet,
+    validation: "Validation | None",
+    device: torch.device,
+    amp: torch.dtype | None,
+    stop: "Stop",
+) -> int:
+    """The run from its first or next step to its end -> exit code."""
     # ---- model and head
+    torch.manual_seed(options.seed)
     backbone = models.create(
         options.network, options.embedding_size, options.dropout, options.width
     )
@@ -91,7 +120,7 @@ def main(options: TrainOptions) -> int:
 
     # ---- resume
     step, best = 0, -1.0
-    if state == "unfinished":
+    if (run / checkpoint.LAST).exists() or (run / checkpoint.PREVIOUS).exists():
         saved, warnings = checkpoint.load_checkpoint(run)
         for warning in warnings:
             print(f"WARNING: {warning}", file=sys.stderr)
@@ -125,13 +154,13 @@ def main(options: TrainOptions) -> int:
                 "rng": torch.get_rng_state(),
                 "rng_cuda": torch.cuda.get_rng_state_all() if device.type == "cuda" else [],
                 "identities": faces.identities,
+                "photos": faces.digest(),
                 "options": plain(options),
             },
         )
 
     # ---- loop
     log = Log(writer, options, sampler, step)
-    stop = Stop()
     backbone.train()
     for batch in log.timed(data_gen.batches(loader)):
         if step == sampler.start:
@@ -184,30 +213,38 @@ def main(options: TrainOptions) -> int:
 
 def with_defaults(options: TrainOptions) -> TrainOptions:
     """Fill in what depends on the machine and on which data there is."""
-    if options.data is None and not config.RAW.exists():
+    data, resume = options.data, options.resume
+    if data is None and config.RAW.exists():
+        data = config.DATA / "faces"
+    name = options.name or options.recipe or (data.name if data else "demo")
+    if data is None:
         print("No --data and no data/raw: using the embedded synthetic faces (data/synthetic).")
-        # What the command line says stays said: only values still at their default give way.
-        demo = {
-            key: value
-            for key, value in config.RECIPES["demo"].items()
-            if options.recipe is None and getattr(options, key) == getattr(TrainOptions, key)
-        }
-        unfinished = (options.runs / (options.name or "demo") / checkpoint.LAST).exists()
-        options = replace(
-            options,
-            data=config.SYNTHETIC / "train",
-            name=options.name or "demo",
-            # There is one demo: the same command goes on where it stopped.
-            resume=options.resume or unfinished,
-            **demo,
-        )
-    data = options.data or config.DATA / "faces"
+        data = config.SYNTHETIC / "train"
+        # `make demo` is one command: it goes on where it stopped.
+        resume = resume or (name == "demo" and (options.runs / name / checkpoint.LAST).exists())
     workers = options.workers
     if workers < 0:
         on_cuda = utils.pick_device(options.device).type == "cuda"
         workers = min(8, torch.multiprocessing.cpu_count()) if on_cuda else 1
-    name = options.name or options.recipe or data.name
-    return replace(options, data=data, name=name, workers=workers)
+    return replace(options, data=data, name=name, resume=resume, workers=workers)
+
+
+def check_options(options: TrainOptions) -> None:
+    """Refuse what would be ignored."""
+    default = TrainOptions()
+    for flag, name, heads in (
+        ("--m1", "m1", ("combined",)),
+        ("--m3", "m3", ("combined", "cosface")),
+        ("--easy-margin", "easy_margin", ("combined", "arcface")),
+    ):
+        if getattr(options, name) != getattr(default, name) and options.head not in heads:
+            raise InputError(
+                f"{flag} is not of --head {options.head}: it takes {' or '.join(heads)}"
+            )
+    if (options.val_pairs is None) != (options.val_data is None):
+        raise InputError("--val-pairs needs --val-data, the prepared folder that they name")
+    if "/" in options.name or options.name in (".", ".."):
+        raise InputError(f"--name {options.name} is no name of a folder: use --runs for the place")
 
 
 def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
@@ -223,15 +260,12 @@ def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
 
 def plain(options: TrainOptions) -> dict[str, object]:
     """Options as JSON and a weights-only checkpoint can hold them."""
-    values = dataclasses.asdict(options)
-    return {
-        key: str(value)
-        if isinstance(value, Path)
-        else list(value)
-        if type(value) is tuple
-        else value
-        for key, value in values.items()
-    }
+    kept = {Path: config.canonical, tuple: list}
+
+    def plainly(value: object) -> object:
+        return next((make(value) for kind, make in kept.items() if isinstance(value, kind)), value)
+
+    return {key: plainly(value) for key, value in dataclasses.asdict(options).items()}
 
 
 def open_run(run: Path, options: TrainOptions) -> str:
@@ -246,7 +280,9 @@ def open_run(run: Path, options: TrainOptions) -> str:
     changed = [key for key in new if key not in FREE and old.get(key) != new[key]]
     if changed:
         said = ", ".join(f"{key} {old.get(key)}, now {new[key]}" for key in changed[:5])
-        raise InputError(f"{run} was trained with other options ({said}): choose another --name")
+        raise InputError(
+            f"{run} was trained with other options ({said}): choose another --name, or delete {run}"
+        )
     if (run / "result.json").exists():
         print(f"{run} is finished with these options; nothing to do")
         return "finished"
@@ -300,11 +336,13 @@ def check_size(faces: data_gen.FaceSet, options: TrainOptions) -> None:
 class Validation:
     """Crops and pairs that are scored after each epoch."""
 
-    def __init__(self, paths: list[Path], pairs: np.ndarray, same: np.ndarray, what: str):
-        self.paths, self.pairs, self.same, self.what = paths, pairs, same, what
+    def __init__(
+        self, paths: list[Path], pairs: np.ndarray, same: np.ndarray, fold: np.ndarray, what: str
+    ):
+        self.paths, self.pairs, self.same, self.fold, self.what = paths, pairs, same, fold, what
 
     def accuracy(self, backbone: nn.Module, device: torch.device, size: int = 64) -> float:
-        """Share of pairs told right, the threshold chosen on the other nine of ten folds."""
+        """Share of pairs told right, the threshold chosen on the other folds."""
         backbone.eval()
         embeddings = []
         for start in range(0, len(self.paths), size):
@@ -315,8 +353,7 @@ class Validation:
         if not np.isfinite(table).all():
             raise InputError("the network gives embeddings that are not finite: lower --lr")
         angles = protocol.theta(table[self.pairs[:, 0]], table[self.pairs[:, 1]])
-        fold = np.random.default_rng(0).permutation(len(angles)) % 10
-        return protocol.kfold_accuracy(angles, self.same, fold).mean
+        return protocol.kfold_accuracy(angles, self.same, self.fold).mean
 
 
 def make_validation(
@@ -324,8 +361,6 @@ def make_validation(
 ) -> tuple[data_gen.FaceSet, Validation | None]:
     """-> the photos to train on, and the validation."""
     if options.val_pairs is not None:
-        if options.val_data is None:
-            raise InputError("--val-pairs needs --val-data, the prepared folder that they name")
         pairs = protocol.read_pairs(options.val_pairs)
         if len(pairs) == 6000 and pairs.left[0] == "Abel_Pacheco/Abel_Pacheco_0001":
             raise InputError(
@@ -335,19 +370,21 @@ def make_validation(
         photos, left, right = data_gen.find_photos(pairs, options.val_data)
         what = f"{len(pairs):,} pairs of {options.val_pairs}"
         paths = [photo.crop for photo in photos]
-        return faces, Validation(paths, np.stack([left, right], axis=1), pairs.same, what)
-    faces, held_out = data_gen.hold_out(faces, options.val_identities, options.seed)
+        both = np.stack([left, right], axis=1)  # (P, 2)
+        return faces, Validation(paths, both, pairs.same, pairs.fold, what)
+    rest, held_out = data_gen.hold_out(faces, options.val_identities, options.seed)
     if held_out is None:
         return faces, None
     pairs, same = data_gen.make_pairs(held_out, options.seed)
-    if len(pairs) < 20:  # ten folds need a pair of each kind
+    if len(pairs) < 40:  # ten folds of a few pairs; a figure from fewer would say nothing
         return faces, None
+    fold = np.random.default_rng(0).permutation(len(pairs)) % 10
     what = (
         f"{len(pairs):,} pairs of {len(held_out):,} photos of "
         f"{len(held_out.identities)} held-out identities"
     )
     paths = [held_out.path(index) for index in range(len(held_out))]
-    return faces, Validation(paths, pairs, same, what)
+    return rest, Validation(paths, pairs, same, fold, what)
 
 
 def face_grid(crops: torch.Tensor) -> torch.Tensor:
@@ -433,7 +470,8 @@ def check_finite(
     photos = ", ".join(faces.images[index] for index in batch.indices[:4].tolist())
     raise InputError(
         f"loss {loss.item():g} and gradient norm {norm.item():g} at step {step}, learning rate "
-        f"{rate:g}, photos {photos}, ...: the update was not made; lower --lr, then --resume"
+        f"{rate:g}, photos {photos}, ...: the update was "
+        "not made; train with a lower --lr under another --name"
     )
 
 
@@ -442,11 +480,11 @@ def check_finite(
 
 
 def check_classes(saved: dict, faces: data_gen.FaceSet, run: Path) -> None:
-    """A class number must mean the same identity as before."""
-    if saved["identities"] != faces.identities:
+    """A class number must mean the same identity as before, and an index the same photo."""
+    if saved["identities"] != faces.identities or saved["photos"] != faces.digest():
         raise InputError(
             f"{run} was trained on {len(saved['identities'])} identities, and the data now give "
-            f"{len(faces.identities)} or others: restore the data, or choose another --name"
+            f"{len(faces.identities)}, or other photos: restore them, or choose another --name"
         )
 
 
@@ -493,10 +531,16 @@ def save_best(
 class Stop:
     """SIGTERM and Ctrl-C end the run after the step, with a checkpoint; a second one at once."""
 
-    def __init__(self):
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+    def __enter__(self) -> "Stop":
         self.code = 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._ask)
+        self.before = [signal.signal(number, self._ask) for number in self.SIGNALS]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in zip(self.SIGNALS, self.before, strict=True):
+            signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.code = 128 + number
@@ -563,7 +607,7 @@ class Log:
             f"  loss {values['train/loss']:7.3f}  acc {values['train/accuracy']:6.1%}"
             f"  theta {own.mean():5.1f} / {other.mean():5.1f}  lr {rate:.4f}"
             f"  grad {float(norm):6.2f}  {self.photos / self.seconds:6.1f} photos/s"
-            f"  wait {self.waited / self.seconds:4.1%}  left {left // 60}:{left % 60:02d}",
+            f"  wait {self.waited / self.seconds:5.1%}  left {left // 60}:{left % 60:02d}",
             flush=True,
         )
         self._clear()

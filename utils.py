@@ -1,4 +1,4 @@
-"""What the scripts share: loading a backbone, embedding crops, seeds, devices, progress.
+"""What the scripts share: loading a backbone, embedding crops, devices, progress.
 
 from utils import embed, load_backbone
 model = load_backbone("runs/first")        # or a .safetensors, or an .onnx
@@ -113,6 +113,8 @@ class OnnxBackbone(torch.nn.Module):
                 f"{file} is not an ONNX network ({line}): name another file"
             ) from error
         self.input = self.session.get_inputs()[0]
+        if self.input.type != "tensor(float)":
+            raise InputError(f"{file} takes {self.input.type}, not float32: name another file")
         shape = self.input.shape
         if len(shape) != 4 or shape[1] != 3 or shape[2:] != [112, 112]:
             raise InputError(f"{file} takes {shape}, not (N, 3, 112, 112) faces: name another file")

@@ -146,6 +146,25 @@ def test_a_locked_zip_is_refused(tmp_path):
         unpack(path, tmp_path / "out")
 
 
+def test_a_file_within_a_file_is_refused(tmp_path):
+    tar(tmp_path / "a.tgz", [("id/1.jpg", b"x"), ("id/1.jpg/2.jpg", b"y")])
+    with pytest.raises(InputError, match="damaged or not an archive"):
+        unpack(tmp_path / "a.tgz", tmp_path / "out")
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA, zipfile.ZIP_DEFLATED])
+def test_a_member_that_does_not_decompress_is_refused(tmp_path, method):
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w", method) as file:
+        file.writestr("id/1.jpg", os.urandom(5000))
+    data = bytearray(path.read_bytes())
+    data[60:4000] = bytes(3940)
+    path.write_bytes(bytes(data))
+    with pytest.raises(InputError, match="damaged or not an archive"):
+        unpack(path, tmp_path / "out")
+    assert os.listdir(tmp_path) == ["a.zip"]
+
+
 def test_a_killed_unpacking_starts_over(tmp_path):
     (tmp_path / "out.part" / "old").mkdir(parents=True)
     (tmp_path / "out.part/old/half.jpg").write_bytes(b"ha")

@@ -3,6 +3,8 @@
 import contextlib
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -100,6 +102,29 @@ def test_a_full_disk_leaves_the_good_one(folder, monkeypatch):
     monkeypatch.undo()
     assert load_checkpoint(folder)[0]["step"] == 2
     assert not list(folder.glob(".*.tmp"))
+
+
+def test_a_disk_that_is_really_full(tmp_path):
+    """A child may write 100 kB a file: the save fails half-way, with the path in its error."""
+    code = """
+import resource, signal, sys, torch
+from pathlib import Path
+from checkpoint import save_checkpoint
+folder = Path(sys.argv[1])
+save_checkpoint(folder, {"step": 1})
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    save_checkpoint(folder, {"step": 2, "weight": torch.zeros(1_000_000)})
+except OSError as error:
+    assert "last.pt" in error.filename and error.strerror, error
+else:
+    raise SystemExit("it was written")
+"""
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert load_checkpoint(tmp_path)[0]["step"] == 1
+    assert not list(tmp_path.glob(".*.tmp"))
 
 
 class Evil:

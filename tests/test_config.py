@@ -43,6 +43,17 @@ def test_a_recipe_sets_what_it_says_and_the_command_line_wins(recipe):
     assert parse(TrainOptions, "", ["--s", "7", "--recipe", recipe]).s == 7.0
 
 
+def test_without_data_the_demo_recipe_but_for_what_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(config, "RAW", tmp_path / "raw")
+    assert parse(TrainOptions, "", []).recipe == "demo"
+    epochs = TrainOptions().epochs  # named, though it is the default
+    assert parse(TrainOptions, "", ["--epochs", str(epochs)]).epochs == epochs
+    assert parse(TrainOptions, "", ["--data", "x"]).recipe is None
+    assert parse(TrainOptions, "", ["--recipe", "small-cpu"]).recipe == "small-cpu"
+    (tmp_path / "raw").mkdir()
+    assert parse(TrainOptions, "", []).recipe is None
+
+
 def test_published_recipes_have_the_batch_and_rate_of_the_paper():
     for recipe in ("casia-r50", "ms1m-r50", "ms1m-r100"):
         options = parse(TrainOptions, "", ["--recipe", recipe])
@@ -63,6 +74,7 @@ def test_published_recipes_have_the_batch_and_rate_of_the_paper():
         (["--lr", "fast"], "'fast'"),
         (["--batch-size", "1"], "below 2"),
         (["--epochs", "0"], "below 1"),
+        (["--seed", "99999999999"], "above"),
         (["--dropout", "1.5"], "above 0.95"),
         (["--schedule", "cosin"], "did you mean cosine?"),
         (["--recipe", "casia"], "casia-r50"),

@@ -76,6 +76,19 @@ def test_validation_pairs_are_what_they_say(prepared):
     assert np.array_equal(make_pairs(faces, seed=0)[0], pairs)
 
 
+def test_few_photos_give_few_pairs_and_an_end(tmp_path):
+    folder = make_prepared(tmp_path, 2, 5)
+    lines = (folder / manifest.NAME).read_text().splitlines(keepends=True)
+    (folder / manifest.NAME).write_text("".join(lines[:8]))  # five photos of one, two of the other
+    _, same = make_pairs(load_faces(folder), seed=0)
+    assert same.sum() == (~same).sum() == 5
+
+
+def test_the_digest_tells_sets_apart(prepared, tmp_path):
+    assert load_faces(prepared).digest() == load_faces(prepared).digest()
+    assert load_faces(prepared).digest() != load_faces(make_prepared(tmp_path, 30, 5)).digest()
+
+
 def test_each_epoch_shows_every_photo_at_most_once_in_its_own_order():
     sampler = RunSampler(100, 16, epochs=3, seed=0)
     steps = list(sampler)

@@ -2,8 +2,10 @@
 
 import json
 import re
+import shutil
 import subprocess
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,25 +17,35 @@ from conftest import ROOT
 pytestmark = pytest.mark.slow
 
 
-def make_demo() -> tuple[str, float]:
+@pytest.fixture
+def clone(tmp_path):
+    """A copy of the checkout, so that its own demo stays; the environment is shared."""
+    left = shutil.ignore_patterns(".git", ".venv", "synthetic", "raw", "faces", "lfw", "runs")
+    copy = shutil.copytree(ROOT, tmp_path / "clone", ignore=left)
+    (copy / ".venv").symlink_to(ROOT / ".venv")
+    return copy
+
+
+def make_demo(folder: Path) -> tuple[str, float]:
     start = time.monotonic()
-    # The environment of the tests is there already: only the scripts are timed.
-    done = subprocess.run(["make", "demo"], cwd=ROOT, capture_output=True, text=True, timeout=1200)
+    done = subprocess.run(
+        ["make", "demo"], cwd=folder, capture_output=True, text=True, timeout=1200
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "Warning" not in done.stderr and "WARNING" not in done.stdout + done.stderr
+    assert "warning" not in (done.stdout + done.stderr).lower()
     return done.stdout, time.monotonic() - start
 
 
-def test_make_demo_learns_identity_and_a_second_run_has_nothing_to_do():
-    subprocess.run(["make", "clean-demo"], cwd=ROOT, check=True, capture_output=True)
-    said, seconds = make_demo()
+@pytest.mark.timeout(1800)
+def test_make_demo_learns_identity_and_a_second_run_has_nothing_to_do(clone):
+    said, seconds = make_demo(clone)
     accuracy = float(re.search(r"accuracy +([\d.]+) %", said)[1]) / 100
     assert accuracy >= 0.88
     assert "runs/demo/lfw" in said
-    assert seconds < 480  # six minutes on a quiet machine
+    assert seconds < 480  # six minutes on a quiet machine, and this one may not be
 
     # No trivial cue: the raw aligned pixels of the same pairs stay ten points below.
-    folder = ROOT / "data/synthetic/test"
+    folder = clone / "data/synthetic/test"
     pairs = protocol.read_pairs(folder / "pairs.txt")
     photos, left, right = data_gen.find_photos(pairs, folder)
     crops = np.stack([data_gen.read_crop(photo.crop).ravel() for photo in photos]) / 127.5 - 1
@@ -41,14 +53,15 @@ def test_make_demo_learns_identity_and_a_second_run_has_nothing_to_do():
     pixels = protocol.kfold_accuracy(angles, pairs.same, pairs.fold).mean
     assert pixels <= accuracy - 0.10
 
-    before = {path: path.stat().st_mtime_ns for path in (ROOT / "runs/demo").glob("*.pt")}
-    again, seconds = make_demo()
+    before = {path: path.stat().st_mtime_ns for path in (clone / "runs/demo").glob("*.pt")}
+    again, seconds = make_demo(clone)
     assert seconds < 60
     assert "nothing was left to do" in again and "is finished" in again
-    assert before == {path: path.stat().st_mtime_ns for path in (ROOT / "runs/demo").glob("*.pt")}
-    assert f"{accuracy:.2%}".replace("%", " %") in again
+    assert before == {path: path.stat().st_mtime_ns for path in (clone / "runs/demo").glob("*.pt")}
+    assert f"{100 * accuracy:.2f} %" in again
 
 
+@pytest.mark.timeout(2400)
 def test_alignment_and_protocol_on_the_whole_of_lfw(shared, script, tmp_path):
     """The reference network loses percents on a wrong crop or protocol; floors from its README."""
     done = script(

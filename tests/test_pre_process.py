@@ -238,6 +238,44 @@ def test_bad_sources_are_refused_and_leave_nothing(tmp_path, raw):
     assert "crops would be taken for photos" in refused(raw, raw / "out")
 
 
+def test_crops_are_never_written_over_the_photos(raw, tmp_path):
+    folder = shutil.copytree(raw, tmp_path / "set/images")
+    before = tree(tmp_path)
+    assert "name another --out" in refused(folder, tmp_path / "set")
+    assert tree(tmp_path) == before
+
+
+def test_a_good_archive_after_a_refused_one(raw, tmp_path):
+    with zipfile.ZipFile(tmp_path / "flat.zip", "w") as file:
+        file.write(raw / "eve/00.jpg", "1.jpg")
+    with zipfile.ZipFile(tmp_path / "good.zip", "w") as file:
+        file.write(raw / "eve/00.jpg", "eve/1.jpg")
+    (tmp_path / "cut.zip").write_bytes((tmp_path / "good.zip").read_bytes()[:500])
+    out = tmp_path / "out"
+    assert "1 photos lie outside" in refused(tmp_path / "flat.zip", out)
+    out.mkdir()  # one that was there before is left there
+    assert "is damaged" in refused(tmp_path / "cut.zip", out)
+    pre_process.prepare(tmp_path / "good.zip", out, OPTIONS)
+    assert sorted(rows(out)) == ["eve/1.jpg"]
+
+
+def test_an_unreadable_photo_is_tried_again(raw, tmp_path):
+    folder = shutil.copytree(raw, tmp_path / "photos")
+    whole = (folder / "ann/00.jpg").read_bytes()
+    (folder / "ann/00.jpg").write_bytes(whole[:1500])
+    pre_process.prepare(folder, tmp_path / "out", OPTIONS)
+    assert rows(tmp_path / "out")["ann/00.jpg"].reason == "truncated"
+    (folder / "ann/00.jpg").write_bytes(whole)
+    pre_process.prepare(folder, tmp_path / "out", OPTIONS)
+    assert rows(tmp_path / "out")["ann/00.jpg"].status == "aligned"
+
+
+def test_out_alone_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(pre_process.config, "RAW", tmp_path / "raw")
+    with pytest.raises(InputError, match="needs --src"):
+        pre_process.main(PreProcessOptions(out=tmp_path / "out"))
+
+
 def test_twins_by_case_are_refused(tmp_path, raw):
     shutil.copytree(raw / "eve", tmp_path / "photos/eve")
     shutil.copytree(raw / "eve", tmp_path / "photos/EVE")

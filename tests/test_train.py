@@ -26,7 +26,7 @@ from conftest import make_prepared
 
 TINY = {
     "network": "mbf", "width": 0.125, "embedding_size": 32, "epochs": 2, "batch_size": 16,
-    "s": 16.0, "m": 0.2, "workers": 0, "log_every": 3, "threads": 1,
+    "s": 16.0, "m": 0.2, "dropout": 0.2, "workers": 0, "log_every": 3, "threads": 1,
 }  # fmt: skip
 
 
@@ -152,6 +152,52 @@ def test_a_finished_run_says_so_and_other_options_are_refused(finished, capsys):
     assert (run / "last.pt").stat().st_mtime_ns == before
 
 
+def test_a_run_may_be_started_from_another_place(finished, monkeypatch):
+    options, _ = finished
+    monkeypatch.chdir(options.data.parent)
+    relative = dataclasses.replace(options, data=Path(options.data.name))
+    assert train.main(relative) == 0  # the same run, and it is finished
+
+
+def test_two_trainings_of_one_name_the_second_is_refused(options):
+    (options.runs / "r").mkdir(parents=True)
+    with (
+        checkpoint.lock(options.runs / "r"),
+        pytest.raises(InputError, match=f"in use by process {os.getpid()}"),
+    ):
+        train.main(options)
+
+
+def test_a_lost_checkpoint_never_starts_the_run_over(options, monkeypatch):
+    monkeypatch.setattr(checkpoint, "write_json", skip_result(checkpoint.write_json))
+    train.main(options)
+    run = options.runs / "r"
+    (run / "previous.pt").unlink()
+    (run / "last.pt").write_bytes(b"")
+    for _ in range(2):  # and not at the second try either
+        with pytest.raises(InputError, match=r"last\.pt is damaged"):
+            train.main(dataclasses.replace(options, resume=True))
+
+
+def test_added_photos_are_refused_at_resume(options, monkeypatch, tmp_path):
+    changed = dataclasses.replace(options, data=make_prepared(tmp_path / "set", 30, 4))
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_json", skip_result(checkpoint.write_json))
+        train.main(changed)
+    make_prepared(tmp_path / "set", 30, 5)
+    with pytest.raises(InputError, match="or other photos"):
+        train.main(dataclasses.replace(changed, resume=True))
+
+
+def test_without_enough_pairs_all_photos_are_trained_on(options, tmp_path):
+    changed = dataclasses.replace(options, data=make_prepared(tmp_path / "set", 20, 3), epochs=1)
+    assert train.main(changed) == 0
+    run = options.runs / "r"
+    assert json.loads((run / "result.json").read_text())["validation"] is None
+    assert json.loads((run / "config.json").read_text())["identities"] == 20
+    assert (run / "best.safetensors").exists()
+
+
 def test_resume_of_nothing_is_refused(options):
     with pytest.raises(InputError, match="no run to resume"):
         train.main(dataclasses.replace(options, resume=True))
@@ -212,6 +258,11 @@ def test_the_weights_say_what_they_are(finished):
         ({"device": "abacus"}, "abacus is unknown"),
         ({"amp": "fp16", "device": "cpu"}, "fp16 needs CUDA"),
         ({"val_pairs": Path("x.txt")}, "needs --val-data"),
+        ({"val_data": Path("x")}, "needs --val-data"),
+        ({"m1": 1.2}, "--m1 is not of --head arcface"),
+        ({"m3": 0.2}, "--m3 is not of --head arcface"),
+        ({"head": "cosface", "easy_margin": True}, "--easy-margin is not of --head cosface"),
+        ({"name": "a/b"}, "is no name of a folder"),
     ],
 )
 def test_bad_input_is_refused_before_a_folder_is_made(options, change, said):
