@@ -210,7 +210,7 @@ class Cache:
             with safetensors.safe_open(path, framework="numpy") as file:
                 metadata = file.metadata() or {}
                 hashes, rows = file.get_tensor("crops"), file.get_tensor("embeddings")
-            if metadata != {"key": self.key, "sha256": digest(hashes, rows)}:
+            if metadata != self._metadata(hashes, rows):
                 return
         except (OSError, safetensors.SafetensorError):  # not there, damaged, of an older version
             return
@@ -221,13 +221,14 @@ class Cache:
             return
         hashes = np.array([list(bytes.fromhex(key)) for key in self.rows], dtype=np.uint8)
         rows = np.stack(list(self.rows.values()))  # (P, E)
-        metadata = {"key": self.key, "sha256": digest(hashes, rows)}
         tensors = {"crops": hashes, "embeddings": rows}
-        write_atomic(self.path, safetensors.numpy.save(tensors, metadata))
+        write_atomic(self.path, safetensors.numpy.save(tensors, self._metadata(hashes, rows)))
 
-
-def digest(*arrays: np.ndarray) -> str:
-    return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
+    def _metadata(self, hashes: np.ndarray, rows: np.ndarray) -> dict[str, str]:
+        """One entry: safetensors writes several in any order, and the bytes would differ."""
+        return {
+            "key": f"{self.key} {hashlib.sha256(hashes.tobytes() + rows.tobytes()).hexdigest()}"
+        }
 
 
 def embed_photos(

@@ -4,6 +4,7 @@ import dataclasses
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -27,9 +28,11 @@ def test_the_networks_are_those_of_models():
 
 
 def test_defaults_and_named_values():
-    options = parse(TrainOptions, "", ["--lr", "0.2", "--milestones", "0.5", "0.9", "--resume"])
+    options = parse(
+        TrainOptions, "", ["--data", "x", "--lr", "0.2", "--milestones", "0.5", "0.9", "--resume"]
+    )
     assert options == dataclasses.replace(
-        TrainOptions(), lr=0.2, milestones=(0.5, 0.9), resume=True
+        TrainOptions(), data=Path("x"), lr=0.2, milestones=(0.5, 0.9), resume=True
     )
     assert parse(TrainOptions, "", ["--no-channels-last"]).channels_last is False
     assert parse(EvalOptions, "", ["--no-flip"]).flip is False

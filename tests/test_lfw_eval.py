@@ -312,7 +312,7 @@ def test_row_38_a_pair_that_cannot_be_scored_is_refused_with_its_line(prepared, 
     extra = Image.new("RGB", (50, 50))
     for name, write, word in (
         ("small.jpg", lambda path: extra.save(path), "50x50"),
-        ("text.jpg", lambda path: path.write_text("no image"), " is "),
+        ("text.jpg", lambda path: path.write_text("no image"), "not an image"),
         ("absent.jpg", lambda path: None, "cannot be read"),
     ):
         write(tmp_path / name)

@@ -228,7 +228,7 @@ def test_other_identities_are_refused_at_resume(options, monkeypatch, tmp_path):
         patch.setattr(checkpoint, "write_json", skip_result(checkpoint.write_json))
         train.main(options)
     make_prepared(tmp_path / "set", 31, 4)
-    with pytest.raises(InputError, match="was trained on 27 identities"):
+    with pytest.raises(InputError, match="was trained on 30 identities"):
         train.main(dataclasses.replace(options, resume=True))
 
 
