@@ -1,5 +1,6 @@
 """Raw photos to crops and manifest. Run: python -m pytest tests/test_pre_process.py"""
 
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -343,7 +344,8 @@ def test_kills_lose_nothing(tmp_path):
         process = start(tmp_path / "out")
         time.sleep(rng.uniform(0.3, 0.95) * length)
         unfinished += process.poll() is None
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # at its end already
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         if (tmp_path / "out/manifest.csv").exists():
             shutil.rmtree(tmp_path / "out")  # it got to the end: once more from the start

@@ -394,5 +394,6 @@ def test_thirty_kills_leave_no_unreadable_checkpoint(prepared, tmp_path):
         process.kill()
         process.wait()
         saved, warnings = checkpoint.load_checkpoint(tmp_path / "r")
-        assert warnings == [] and saved["step"] > reached
+        assert warnings == [] and saved["step"] >= reached
         reached = saved["step"]
+    assert reached >= 30
