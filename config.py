@@ -280,7 +280,7 @@ def run(main: Callable[[typing.Any], int | None], options: object) -> typing.NoR
         code = 141
     except OSError as error:
         disk = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
-        path = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG)
+        path = (errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG)
         if error.errno not in disk + path:
             raise
         said = f"{error.filename or 'a file'}: {error.strerror}; what was done is kept"
@@ -353,7 +353,7 @@ def _chosen(choices: tuple[str, ...]) -> Callable[[str], str]:
             return word
         near = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise argparse.ArgumentTypeError(f"{word!r} is unknown{hint} One of: {' '.join(choices)}")
+        raise argparse.ArgumentTypeError(f"{word!r} is unknown{hint} (one of: {' '.join(choices)})")
 
     return check
 

@@ -246,7 +246,7 @@ def read_journal(out: Path, photos: list[Photo]) -> dict[str, str]:
             continue
         # A photo that could not be read is tried again: it may have been mended, or --max-pixels
         # raised.
-        if row.reason in CROPPABLE or (row.image and is_filled(out / row.image)):
+        if row.reason in CROPPABLE or (row.image and is_whole(out / row.image)):
             done[row.source] = row.line()
     write_atomic(out / JOURNAL, "".join(done.values()).encode(errors="surrogateescape"))
     return done
@@ -262,9 +262,12 @@ def journal_rows(path: Path) -> Iterator[list[str]]:
             yield cells
 
 
-def is_filled(path: Path) -> bool:
+def is_whole(path: Path) -> bool:
+    """A crop that is there and ends as a JPEG does: not lost, empty (a power cut) or cut off."""
     try:
-        return path.stat().st_size > 0
+        with open(path, "rb") as file:
+            file.seek(-2, os.SEEK_END)
+            return file.read() == b"\xff\xd9"
     except OSError:
         return False
 

@@ -76,7 +76,9 @@ def read_pairs(path: str | Path) -> Pairs:
     path = Path(path)
     rows = _read_rows(path)
     if not rows:
-        raise InputError(f"{path}: no pairs in this file; see README for the two formats")
+        raise InputError(
+            f"{path}: no pairs in this file; python lfw_eval.py --help tells the two formats"
+        )
     official = len(rows[0][1]) <= 2 and all(_is_count(cell) for cell in rows[0][1])
     return _read_official(path, rows) if official else _read_listed(path, rows)
 

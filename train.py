@@ -281,7 +281,8 @@ def open_run(run: Path, options: TrainOptions) -> str:
     if changed:
         said = ", ".join(f"{key} {old.get(key)}, now {new[key]}" for key in changed[:5])
         raise InputError(
-            f"{run} was trained with other options ({said}): choose another --name, or delete {run}"
+            f"{run} was trained with other options ({said}): repeat those (config.json), or choose "
+            "another --name"
         )
     if (run / "result.json").exists():
         print(f"{run} is finished with these options; nothing to do")

@@ -147,6 +147,8 @@ def test_new_photos_are_added_and_lost_crops_made_again(raw, tmp_path):
     shutil.copy(raw / "eve/00.jpg", folder / "eve/00.jpg")
     os.remove(tmp_path / "out/images/ann/00.jpg")
     (tmp_path / "out/images/ann/01.jpg").write_bytes(b"")  # as after a power cut
+    crop = tmp_path / "out/images/ann/02.jpg"
+    crop.write_bytes(crop.read_bytes()[:500])
     pre_process.prepare(folder, tmp_path / "out", OPTIONS)
     pre_process.prepare(folder, tmp_path / "fresh", OPTIONS)
     assert tree(tmp_path / "out") == tree(tmp_path / "fresh")
