@@ -135,7 +135,8 @@ def open_source(src: Path, out: Path, options: PreProcessOptions) -> Path:
         "factor": options.factor,
     }
     path = out / SETTINGS
-    if path.exists():
+    known = path.exists()
+    if known:
         old = json.loads(path.read_text())
         changed = [key for key in settings if old.get(key) != settings[key]]
         if changed:
@@ -150,7 +151,8 @@ def open_source(src: Path, out: Path, options: PreProcessOptions) -> Path:
             try:
                 skipped = archives.unpack(src, root)
             except BaseException:
-                path.unlink()  # nothing is here yet: another archive may come
+                if not known:  # nothing is here yet: another archive may come
+                    path.unlink()
                 raise
             for kind, count in sorted(skipped.items()):
                 print(f"  {count:,} {kind} in the archive were left")

@@ -120,11 +120,12 @@ def train(
 
     # ---- resume
     step, best = 0, -1.0
+    photos = faces.digest()  # once: it reads all names, millions in a large set
     if (run / checkpoint.LAST).exists() or (run / checkpoint.PREVIOUS).exists():
         saved, warnings = checkpoint.load_checkpoint(run)
         for warning in warnings:
             print(f"WARNING: {warning}", file=sys.stderr)
-        check_classes(saved, faces, run)
+        check_classes(saved, faces, photos, run)
         step, best = restore(saved, backbone, head, optimizer, scaler, device)
         print(f"going on from step {step}")
     sampler = data_gen.RunSampler(
@@ -154,7 +155,7 @@ def train(
                 "rng": torch.get_rng_state(),
                 "rng_cuda": torch.cuda.get_rng_state_all() if device.type == "cuda" else [],
                 "identities": faces.identities,
-                "photos": faces.digest(),
+                "photos": photos,
                 "options": plain(options),
             },
         )
@@ -260,10 +261,11 @@ def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
 
 def plain(options: TrainOptions) -> dict[str, object]:
     """Options as JSON and a weights-only checkpoint can hold them."""
-    kept = {Path: config.canonical, tuple: list}
 
     def plainly(value: object) -> object:
-        return next((make(value) for kind, make in kept.items() if isinstance(value, kind)), value)
+        if isinstance(value, Path):
+            return config.canonical(value)
+        return list(value) if isinstance(value, tuple) else value
 
     return {key: plainly(value) for key, value in dataclasses.asdict(options).items()}
 
@@ -480,9 +482,9 @@ def check_finite(
 # checkpoints
 
 
-def check_classes(saved: dict, faces: data_gen.FaceSet, run: Path) -> None:
+def check_classes(saved: dict, faces: data_gen.FaceSet, photos: str, run: Path) -> None:
     """A class number must mean the same identity as before, and an index the same photo."""
-    if saved["identities"] != faces.identities or saved["photos"] != faces.digest():
+    if saved["identities"] != faces.identities or saved["photos"] != photos:
         raise InputError(
             f"{run} was trained on {len(saved['identities'])} identities, and the data now give "
             f"{len(faces.identities)}, or other photos: restore them, or choose another --name"
