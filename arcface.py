@@ -89,12 +89,39 @@ class ArcMarginHead(nn.Module):
         Returns:
             float32 (N, C), or that and the two angles.
         """
+        rows = torch.arange(len(labels), device=labels.device)
+        logits, own, other = self.margin_logits(embeddings, rows, labels, None, return_angles)
+        if not return_angles:
+            return logits
+        return logits, own.rad2deg(), other.clamp(-1, 1).acos().rad2deg()
+
+    def margin_logits(
+        self,
+        embeddings: Tensor,
+        rows: Tensor,
+        labels: Tensor,
+        sampled: Tensor | None,
+        with_angles: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Logits where only some rows have their own centre here, as in a shard of the identities.
+
+        Args:
+            embeddings: (N, E).
+            rows: int64 (K,), the rows whose own centre is among these.
+            labels: int64 (K,), which one it is, for those rows.
+            sampled: int64 (S,), the centres that take part, ascending; None is all of them.
+                ``labels`` then count within ``sampled``, and the gradient of the weight is sparse.
+            with_angles: also return the two that follow.
+
+        Returns:
+            logits float32 (N, C), or (N, S); the angle to the own centre in radians (K,); the
+            largest cosine to another one (N,). The latter two are detached.
+        """
         embeddings, weight = _at_least_float32(embeddings, self.weight)
         with torch.autocast(embeddings.device.type, enabled=False):
-            logits, own, other = _MarginLogits.apply(
-                embeddings, weight, labels, self._phi, self.s, return_angles
+            return _MarginLogits.apply(
+                embeddings, weight, rows, labels, sampled, self._phi, self.s, with_angles
             )
-        return (logits, own, other) if return_angles else logits
 
     def cosines(self, embeddings: Tensor) -> Tensor:
         """Plain cosines to every centre, float32 (N, C): no margin, no scale."""
@@ -130,24 +157,27 @@ class _MarginLogits(torch.autograd.Function):
     """logits = s * cos(u, centre), phi(theta) in place of the own cosine; gradients by hand."""
 
     @staticmethod
-    def forward(ctx, x, weight, labels, phi, s, with_angles):
+    def forward(ctx, x, weight, rows, labels, sampled, phi, s, with_angles):
+        ctx.shape = weight.shape
+        weight = weight if sampled is None else weight[sampled]  # (C, E), or (S, E)
         x_inv, w_inv = _inverse_length(x), _inverse_length(weight)  # (N, 1), (C, 1)
         u = x * x_inv  # (N, E)
-        v = weight[labels] * w_inv[labels]  # (N, E)
+        v = weight[labels] * w_inv[labels]  # (K, E)
         logits = (u @ weight.T).mul_(w_inv.T)  # (N, C): cosines until scaled below
 
         # Kahan: theta = 2 atan2(|u - v|, |u + v|) has an error of rounding size at every angle.
-        near, far = (u - v).norm(dim=1), (u + v).norm(dim=1)  # (N,)
+        near, far = (u[rows] - v).norm(dim=1), (u[rows] + v).norm(dim=1)  # (K,)
         theta = 2 * torch.atan2(near, far)
-        target, slope = phi(theta)  # (N,)
+        target, slope = phi(theta)  # (K,)
 
         own = other = None
         if with_angles:
-            own = theta.rad2deg()
-            logits.scatter_(1, labels[:, None], -1.0)  # out of the running
-            other = logits.amax(dim=1).clamp_(-1, 1).acos_().rad2deg_()
-        logits.scatter_(1, labels[:, None], target[:, None]).mul_(s)
-        ctx.save_for_backward(weight, labels, u, v, x_inv, w_inv, slope, logits)
+            own = theta
+            logits[rows, labels] = -1.0  # out of the running
+            other = logits.amax(dim=1)
+        logits[rows, labels] = target
+        logits.mul_(s)
+        ctx.save_for_backward(weight, rows, labels, sampled, u, v, x_inv, w_inv, slope, logits)
         ctx.s = s
         ctx.mark_non_differentiable(*(t for t in (own, other) if t is not None))
         return logits, own, other
@@ -155,24 +185,30 @@ class _MarginLogits(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, _own, _other):
-        weight, labels, u, v, x_inv, w_inv, slope, logits = ctx.saved_tensors
+        weight, rows, labels, sampled, u, v, x_inv, w_inv, slope, logits = ctx.saved_tensors
         with torch.autocast(u.device.type, enabled=False):
             # phi falls by `slope` per radian, so its gradient is slope times the unit vector in
             # which u (or v) has to turn.
-            pull = grad.gather(1, labels[:, None]) * ctx.s * slope[:, None]  # (N, 1)
-            rest = (grad * (ctx.s * w_inv.T)).scatter_(1, labels[:, None], 0.0)  # (N, C)
+            pull = (grad[rows, labels] * ctx.s * slope)[:, None]  # (K, 1)
+            rest = grad * (ctx.s * w_inv.T)  # (N, C)
+            rest[rows, labels] = 0.0
             grad_x = grad_weight = None
             if ctx.needs_input_grad[0]:
                 grad_u = rest @ weight  # (N, E)
                 grad_u -= (grad_u * u).sum(dim=1, keepdim=True) * u  # a length has no effect
-                grad_x = (grad_u + pull * _towards(u, v)) * x_inv  # (N, E)
+                grad_u[rows] += pull * _towards(u[rows], v)
+                grad_x = grad_u * x_inv  # (N, E)
             if ctx.needs_input_grad[1]:
                 grad_weight = rest.T @ u  # (C, E)
                 radial = rest.mul_(logits).sum(dim=0)[:, None] * w_inv / ctx.s  # (C, 1)
                 grad_weight.addcmul_(weight, radial, value=-1)
-                own = pull * _towards(v, u) * w_inv[labels]  # (N, E)
+                own = pull * _towards(v, u[rows]) * w_inv[labels]  # (K, E)
                 grad_weight.index_add_(0, labels, own)
-        return grad_x, grad_weight, None, None, None, None
+                if sampled is not None:
+                    grad_weight = torch.sparse_coo_tensor(
+                        sampled[None], grad_weight, ctx.shape, is_coalesced=True
+                    )
+        return grad_x, grad_weight, None, None, None, None, None, None
 
 
 def _inverse_length(x: Tensor) -> Tensor:
@@ -221,7 +257,11 @@ def focal_loss(logits: Tensor, labels: Tensor, gamma: float = 2.0) -> Tensor:
 
     gamma = 0 is cross-entropy. Mean over the batch is the caller's, after the factor.
     """
-    entropy = F.cross_entropy(logits, labels, reduction="none")  # (N,) = -log p
+    return focal(F.cross_entropy(logits, labels, reduction="none"), gamma)
+
+
+def focal(entropy: Tensor, gamma: float) -> Tensor:
+    """The same, of cross-entropies (N,) = -log p."""
     if gamma == 0:
         return entropy
     miss = -torch.expm1(-entropy)  # 1 - p without cancellation

@@ -4,6 +4,10 @@ A run folder holds `last.pt` and `previous.pt` (all that a resume needs), `best.
 weights to use) and `checksums.json` (their sha256). While a file is being replaced, checksums.json
 holds the old and the coming hash, and either is valid: a kill at any moment leaves a checkpoint
 that loads. A flipped byte, which torch.load and safetensors take without a word, is detected.
+
+A head that is shared out over ranks is too large for one file: each rank writes its part under a
+name of its own (`head-<step>-<rank>-of-<ranks>.pt`), then the first writes last.pt with the names
+and hashes of the parts. That one replacement makes all of them the newest checkpoint.
 """
 
 import errno
@@ -11,6 +15,7 @@ import fcntl
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,13 +50,20 @@ def lock(folder: Path) -> Iterator[None]:
     Raises InputError: another one has it.
     """
     with open(folder / ".lock", "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            file.seek(0)
-            raise InputError(
-                f"{folder} is in use by process {file.read().strip() or '?'}: wait for its end"
-            ) from error
+        for attempt in range(100):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                file.seek(0)
+                owner = file.read().strip()
+                # The loader processes of a killed run hold its lock until they notice, in seconds.
+                if attempt < 99 and owner.isdigit() and not Path(f"/proc/{owner}").exists():
+                    time.sleep(0.2)
+                    continue
+                raise InputError(
+                    f"{folder} is in use by process {owner or '?'}: wait for its end"
+                ) from error
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
@@ -80,6 +92,42 @@ def save_checkpoint(folder: Path, state: dict) -> None:
     os.replace(temporary, folder / LAST)
     _sync_folder(folder)
     write_json(folder / CHECKSUMS, {**hashes, LAST: new})
+    _drop_parts(folder, state)
+
+
+def part_name(step: int, rank: int, ranks: int) -> str:
+    return f"head-{step}-{rank}-of-{ranks}.pt"
+
+
+def save_part(folder: Path, step: int, rank: int, ranks: int, state: dict) -> tuple[str, str]:
+    """One rank's part of a checkpoint -> its file's name and sha256, for state["parts"]."""
+    name = part_name(step, rank, ranks)
+    write_atomic(folder / name, lambda file: torch.save(state, file))
+    return name, sha256(folder / name)
+
+
+def load_part(folder: Path, name: str) -> dict:
+    """A part, its tensors left on the disk until they are used."""
+    return torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)
+
+
+def _drop_parts(folder: Path, state: dict) -> None:
+    """Delete the parts that neither last.pt, which is `state`, nor previous.pt names."""
+    pattern = "head-*-of-*.pt"
+    found = list(folder.glob(pattern))
+    for stale in folder.glob(f".{pattern}.tmp"):  # of a killed run: all parts of this one are named
+        stale.unlink(missing_ok=True)
+    if not found:
+        return
+    wanted = set(state.get("parts", {}))
+    if (folder / PREVIOUS).exists():
+        try:
+            wanted |= set(load_part(folder, PREVIOUS).get("parts", {}))
+        except Exception:  # damaged: then what it names is not known, and nothing is deleted
+            return
+    for path in found:
+        if path.name not in wanted:
+            path.unlink(missing_ok=True)
 
 
 def load_checkpoint(folder: Path) -> tuple[dict, list[str]]:
@@ -98,6 +146,9 @@ def load_checkpoint(folder: Path) -> tuple[dict, list[str]]:
         if damage is None:
             try:
                 state = torch.load(path, map_location="cpu", weights_only=True)
+                damage = _damaged_part(folder, state)
+                if damage is not None:
+                    raise ValueError(damage)
                 # Out of the way, so that the next save does not put it in the place of this one.
                 for bad in damaged:
                     os.replace(bad, bad.with_name(f"{bad.name}.damaged"))
@@ -115,13 +166,21 @@ def load_checkpoint(folder: Path) -> tuple[dict, list[str]]:
 def save_weights(path: Path, state: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
     """Weights with their metadata, atomically; the hash goes into the folder's checksums.json."""
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-    data = safetensors.torch.save(tensors, metadata)
+    data = _sorted_header(safetensors.torch.save(tensors, metadata))
     hashes = _read_hashes(path.parent)
     new = [hashlib.sha256(data).hexdigest()]
     pending = hashes.get(path.name, []) + new
     write_json(path.parent / CHECKSUMS, {**hashes, path.name: pending})
     write_atomic(path, data)
     write_json(path.parent / CHECKSUMS, {**hashes, path.name: new})
+
+
+def _sorted_header(data: bytes) -> bytes:
+    """The same safetensors with its header's keys sorted: equal weights give equal bytes."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":"))
+    padded = header.encode() + b" " * (-len(header.encode()) % 8)  # tensors start aligned
+    return len(padded).to_bytes(8, "little") + padded + data[8 + size :]
 
 
 def load_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -190,6 +249,13 @@ def _read_hashes(folder: Path) -> dict[str, list[str]]:
         return json.loads((folder / CHECKSUMS).read_text())
     except (OSError, ValueError):
         return {}
+
+
+def _damaged_part(folder: Path, state: dict) -> str | None:
+    for name, expected in state.get("parts", {}).items():
+        if not (folder / name).exists() or sha256(folder / name) != expected:
+            return f"its part {name} is lost or damaged"
+    return None
 
 
 def _damage(path: Path, hashes: dict[str, list[str]]) -> str | None:

@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import difflib
 import errno
+import json
 import os
 import sys
 import types
@@ -29,11 +30,22 @@ DEPTHS = (18, 34, 50, 100, 101, 152, 200)
 NETWORKS = (*(f"r{d}" for d in DEPTHS), *(f"se-r{d}" for d in DEPTHS), "mbf")
 
 
+# Options of a run that a continuation takes from the command line or from their defaults.
+NOT_RESUMED = ("resume", "runs", "name", "device", "workers", "threads")
+
 Options = typing.TypeVar("Options")
 
 
 class InputError(Exception):
-    """A bad input by the user. Its text is one line that names the file and the fix."""
+    """A bad input by the user. Its text is one line that names the file and the fix.
+
+    Under torchrun all ranks meet it, and the first one tells; `local` is one that this rank alone
+    has met.
+    """
+
+    def __init__(self, text: str, local: bool = False):
+        super().__init__(text)
+        self.local = local
 
 
 def option(default: object, help: str, **metadata: object) -> typing.Any:
@@ -104,8 +116,20 @@ class TrainOptions:
     )
 
     head: str = option(
-        "arcface", "margin", choices=("arcface", "cosface", "combined"), group="margin head"
+        "dense",
+        "dense: every rank holds all centres; sharded: each holds a part, for identities by the "
+        "hundred thousand",
+        choices=("dense", "sharded"),
+        group="margin head",
     )
+    sample_rate: float = option(
+        1.0,
+        "share of the centres that take part in a step (sharded head); 0.1 is published for "
+        "millions of identities",
+        above=0,
+        high=1,
+    )
+    margin: str = option("arcface", "its kind", choices=("arcface", "cosface", "combined"))
     s: float = option(
         32.0, "scale of the logits; 64 is published for ten thousand identities and more", above=0
     )
@@ -124,7 +148,10 @@ class TrainOptions:
     focal_gamma: float = option(0.0, "focal loss per sample, 0 = cross-entropy", low=0)
 
     epochs: int = option(20, "passes over the training photos", low=1, group="optimisation")
-    batch_size: int = option(64, "photos a step", low=2)
+    batch_size: int = option(64, "photos a step, of all ranks together", low=2)
+    accumulate: int = option(
+        1, "passes in which a rank takes its share of a step, where memory is short", low=1
+    )
     lr: float = option(0.1, "learning rate for a batch of --lr-batch photos", above=0)
     lr_batch: int = option(
         64, "the batch that --lr is meant for: it is scaled by batch size / this; 0 = no", low=0
@@ -174,9 +201,14 @@ class TrainOptions:
         choices=("auto", "off", "bf16", "fp16"),
     )
     channels_last: bool = option(True, "memory format; faster on CPU and on tensor cores")
+    checkpointing: bool = option(
+        False, "compute activations again in the backward pass: a third slower, far less memory"
+    )
+    compile: bool = option(False, "torch.compile the backbone (needs a C++ compiler, or a card)")
     threads: int = option(0, "CPU threads, 0 = torch's default", low=0)
     log_every: int = option(20, "steps between lines on the console and in TensorBoard", low=1)
     save_every: int = option(500, "steps between checkpoints, besides one an epoch", low=1)
+    tensorboard: bool = option(True, "write curves for TensorBoard")
 
 
 @dataclass(frozen=True)
@@ -251,6 +283,8 @@ def parse(kind: type[Options], doc: str | None, argv: list[str] | None = None) -
     if unknown:
         parser.error(_suggest(unknown[0], parser))
     values = vars(named)
+    if values.get("resume"):
+        values = {**_of_run(values, parser), **values}
     if kind is TrainOptions and not {"data", "recipe"} & values.keys() and not RAW.exists():
         values["recipe"] = "demo"  # on the embedded faces; what the command line names still wins
     recipe = values.get("recipe")
@@ -272,7 +306,8 @@ def run(main: Callable[[typing.Any], int | None], options: object) -> typing.NoR
         code = main(options) or 0
         sys.stdout.flush()
     except InputError as error:
-        code = complain(str(error), 2)
+        rank = os.environ.get("RANK", "0")
+        code = complain(str(error), 2) if rank == "0" or error.local else 2
     except KeyboardInterrupt:
         code = complain("stopped by Ctrl-C; what was done is kept", 130)
     except BrokenPipeError:  # `train.py | head`: nobody reads any more
@@ -288,6 +323,26 @@ def run(main: Callable[[typing.Any], int | None], options: object) -> typing.NoR
     sys.exit(code)
 
 
+def read_run(run: Path) -> dict[str, object]:
+    """The options with which a run was started. Raises InputError: its config.json is damaged."""
+    path = run / "config.json"
+    try:
+        return dict(json.loads(path.read_text())["options"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is damaged: delete {run}, or choose another --name") from error
+
+
+def plain(options: object) -> dict[str, object]:
+    """Options as JSON and a weights-only checkpoint can hold them."""
+
+    def plainly(value: object) -> object:
+        if isinstance(value, Path):
+            return canonical(value)
+        return list(value) if isinstance(value, tuple) else value
+
+    return {key: plainly(value) for key, value in dataclasses.asdict(options).items()}
+
+
 def canonical(path: Path) -> str:
     """A path as it is kept in files: below the repo relative to it, so that a clone can move."""
     path = path.resolve()
@@ -297,6 +352,27 @@ def canonical(path: Path) -> str:
 def complain(line: str, code: int) -> int:
     print("error: " + " ".join(line.splitlines()), file=sys.stderr)
     return code
+
+
+def _of_run(values: dict[str, typing.Any], parser: _Parser) -> dict[str, typing.Any]:
+    """What `--resume` need not repeat: the options that the run of this name was started with."""
+    run = values.get("runs", RUNS) / values.get("name", "")
+    if "name" not in values or not (run / "config.json").exists():
+        return {}
+    try:
+        saved = read_run(run)
+    except InputError as error:
+        parser.error(str(error))
+    hints = typing.get_type_hints(TrainOptions)
+    found = {}
+    for field in dataclasses.fields(TrainOptions):
+        if field.name not in saved or field.name in NOT_RESUMED or saved[field.name] is None:
+            continue
+        value = saved[field.name]
+        if hints[field.name] in (Path, Path | None):
+            value = ROOT / str(value)  # absolute ones stay
+        found[field.name] = tuple(value) if isinstance(value, list) else value
+    return found
 
 
 def _flag(field: dataclasses.Field) -> str:

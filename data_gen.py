@@ -287,10 +287,23 @@ class RunSampler(Sampler):
     """The batches of a whole run, as lists of (epoch, index), from any step on.
 
     The last photos of an epoch that fill no batch are left out; the next epoch's order is another.
+    With several ranks, each takes its part of every batch: all make the same number of steps, and
+    the order is the same for any number of ranks that divides the batch.
     """
 
-    def __init__(self, photos: int, batch_size: int, epochs: int, seed: int, start: int = 0):
+    def __init__(
+        self,
+        photos: int,
+        batch_size: int,
+        epochs: int,
+        seed: int,
+        start: int = 0,
+        rank: int = 0,
+        ranks: int = 1,
+    ):
         self.photos, self.batch_size, self.seed, self.start = photos, batch_size, seed, start
+        self.share = batch_size // ranks  # of this rank
+        self.offset = rank * self.share
         self.steps_per_epoch = photos // batch_size
         self.steps = self.steps_per_epoch * epochs
 
@@ -304,8 +317,8 @@ class RunSampler(Sampler):
             if epoch != of_epoch:
                 order = np.random.default_rng((self.seed, epoch)).permutation(self.photos)
                 of_epoch = epoch
-            first = place * self.batch_size
-            yield [(epoch, int(index)) for index in order[first : first + self.batch_size]]
+            first = place * self.batch_size + self.offset
+            yield [(epoch, int(index)) for index in order[first : first + self.share]]
 
 
 def make_loader(
@@ -328,10 +341,27 @@ def make_loader(
 
 
 def batches(loader: DataLoader) -> Iterator[Batch]:
-    """The loader's batches. Raises InputError: a file was lost or damaged since preparation."""
-    for batch in loader:
+    """The loader's batches.
+
+    Raises InputError: a file was lost or damaged since preparation, or a loader process was lost.
+    """
+    iterator = iter(loader)
+    while True:
+        try:
+            batch = next(iterator)
+        except StopIteration:
+            return
+        except RuntimeError as error:  # torch has no kind of its own for a worker that is gone
+            said = str(error).splitlines()[0]
+            if "DataLoader" not in said:
+                raise
+            raise InputError(
+                f"{said}: a loader process was killed or hangs (the disk, the memory, or a full "
+                "/dev/shm: there, try --workers 0); what was saved is kept, --resume goes on",
+                local=True,
+            ) from error
         if isinstance(batch, str):
-            raise InputError(batch)
+            raise InputError(batch, local=True)
         yield Batch(*batch)
 
 

@@ -13,10 +13,12 @@ run in float32, since the loss needs angles finer than 16 bits can tell.
 """
 
 import difflib
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 BLOCKS = {
     "r18": (2, 2, 2, 2),
@@ -80,6 +82,8 @@ def count_parameters(model: nn.Module) -> int:
 class IResNet(nn.Module):
     """Stem, four stages that each halve the picture, and the 'E' output of the ArcFace paper."""
 
+    checkpointing = False  # keep only what enters a block, and compute it again in backward
+
     def __init__(
         self,
         blocks: tuple[int, ...],
@@ -121,7 +125,9 @@ class IResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         _check_input(x, self.input_size)
         x = self.prelu(self.bn1(self.conv1(x)))  # (N, 64, 112, 112)
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))  # (N, 512, 7, 7)
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            for block in stage:
+                x = _again(block, x) if self.checkpointing else block(x)  # (N, 512, 7, 7) at last
         x = self.dropout(self.bn2(x)).flatten(1)  # (N, 25088)
         with _full_precision(x):
             return self.features(self.fc(x.float()))  # (N, E)
@@ -172,6 +178,8 @@ class SqueezeExcite(nn.Module):
 class MobileFaceNet(nn.Module):
     """InsightFace's `get_mbf`: twice the published channels, 512 before the global convolution."""
 
+    checkpointing = False  # as in IResNet
+
     def __init__(self, embedding_size: int, dropout: float, width: float, input_size: int):
         super().__init__()
         self.input_size = input_size
@@ -198,7 +206,7 @@ class MobileFaceNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         _check_input(x, self.input_size)
         for layer in self.layers:
-            x = layer(x)
+            x = _again(layer, x) if self.checkpointing else layer(x)
         return self.features(self.conv_sep(x))  # (N, E)
 
 
@@ -286,6 +294,28 @@ def _conv(
     """A convolution without bias that, unless told otherwise, keeps the size at stride 1."""
     padding = kernel // 2 if padding is None else padding
     return nn.Conv2d(c_in, c_out, kernel, stride, padding, groups=groups, bias=False)
+
+
+def _again(block: nn.Module, x: Tensor) -> Tensor:
+    """block(x), whose inner activations are not kept but computed again in the backward pass."""
+    if not torch.is_grad_enabled():
+        return block(x)
+    return checkpoint(
+        block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _same_statistics(block))
+    )
+
+
+@contextmanager
+def _same_statistics(block: nn.Module) -> Iterator[None]:
+    """The second forward pass must not count in BN's running statistics again."""
+    norms = [m for m in block.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
 
 
 def _scaled(channels: int, width: float) -> int:

@@ -5,16 +5,25 @@
     python train.py --data data/faces --recipe small-cpu             # 2 CPU cores
     python train.py --data data/casia --recipe casia-r50             # one GPU
     python train.py --data data/faces --name first --resume          # go on where it stopped
+    torchrun --nproc-per-node 8 train.py --data data/ms1m --recipe ms1m-r100      # eight GPUs
+    torchrun --nproc-per-node 2 --max-restarts 3 train.py --data data/faces --device cpu
     tensorboard --logdir runs
 
 Reads <data>/manifest.csv and the crops that it names. Writes runs/<name>/:
     best.safetensors   the weights with the best validation accuracy, for lfw_eval.py
-    last.pt            all that --resume needs; previous.pt is the one before
+    last.pt            all that --resume needs; previous.pt is the one before; head-*.pt: parts
+                       of a sharded head, which belong to them
     config.json        the options and what ran; result.json once the run is finished
     events...          TensorBoard
 Validation uses identities held out of the training set, or the pairs given by --val-pairs.
 
-Legend of shapes: N batch, C identities, E embedding size.
+Under torchrun the ranks share each batch of --batch-size photos and the validation. DDP takes the
+mean of their gradients; batch norm uses the photos of its own rank and pass, and the first rank's
+running statistics are kept. A sharded head is spread over the ranks, each saves its part, and the
+run's folder must be one that all machines see. A run may go on with another number of ranks: the
+order of the photos stays, while dropout, batch norm and the sampled centres follow the ranks.
+
+Legend of shapes: N photos of a rank and pass, C identities, E embedding size.
 """
 
 import config
@@ -23,29 +32,36 @@ if __name__ == "__main__":
     # Before torch is imported, so that --help and a wrong option answer at once.
     OPTIONS = config.parse(config.TrainOptions, __doc__)
 
-import dataclasses
-import json
 import math
-import signal
 import sys
-import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 
-import numpy as np
 import torch
-from torch import nn
-from torch.utils.tensorboard import SummaryWriter
-from torchvision.utils import make_grid
 
 import checkpoint
 import data_gen
+import distributed
 import models
-import protocol
+import training_state
 import utils
-from arcface import ArcMarginHead, cosface_head, focal_loss
+from arcface import focal, validate_labels
 from config import InputError, TrainOptions
+from training_log import Curves, Log, Stop, face_grid
+from training_step import (
+    Net,
+    agree,
+    backward,
+    build,
+    check_finite,
+    explained,
+    gradient_norm,
+    head_memory,
+    learning_rate,
+    update,
+)
+from validation import Validation, make_validation
 
 # What may differ between a run and its continuation: not what is computed, but where and how it is
 # watched. (Another device or number of threads rounds differently, so the last bits may differ.)
@@ -59,16 +75,19 @@ FREE = (
     "device",
     "threads",
     "recipe",
+    "tensorboard",
+    "checkpointing",
+    "compile",
 )
 
 
 def main(options: TrainOptions) -> int:
     # ---- settings
+    device = distributed.join(options.device)
     options = with_defaults(options)
-    check_options(options)
+    check_options(options, distributed.ranks())
     if options.threads:
         torch.set_num_threads(options.threads)
-    device = utils.pick_device(options.device)
     amp = pick_amp(options.amp, device)
     run = options.runs / options.name
     if open_run(run, options) == "finished":
@@ -76,135 +95,101 @@ def main(options: TrainOptions) -> int:
 
     # ---- data
     faces = data_gen.load_faces(options.data, options.min_images)
-    print(
+    distributed.say(
         f"{len(faces):,} photos of {len(faces.identities):,} identities in {options.data}"
         + (f" ({faces.left_out:,} others have no face, or too few)" if faces.left_out else "")
     )
     faces, validation = make_validation(faces, options)
-    check_size(faces, options)
-    print(f"validation: {validation.what}" if validation else "no validation")
+    check_data(faces, options)
+    distributed.say(f"validation: {validation.what}" if validation else "no validation")
 
-    run.mkdir(parents=True, exist_ok=True)
-    with checkpoint.lock(run), Stop() as stop:
-        return train(run, options, faces, validation, device, amp, stop)
+    distributed.barrier()  # every rank has looked at the folder before the first one writes
+    first = distributed.rank() == 0
+    if first:
+        run.mkdir(parents=True, exist_ok=True)
+    with checkpoint.lock(run) if first else nullcontext(), Stop() as stop:
+        try:
+            code = train(run, options, faces, validation, device, amp, stop)
+        except RuntimeError as error:
+            raise explained(error, options, device) from error
+    distributed.leave()
+    return code
 
 
 def train(
     run: Path,
     options: TrainOptions,
     faces: data_gen.FaceSet,
-    validation: "Validation | None",
+    validation: Validation | None,
     device: torch.device,
     amp: torch.dtype | None,
-    stop: "Stop",
+    stop: Stop,
 ) -> int:
     """The run from its first or next step to its end -> exit code."""
-    # ---- model and head
-    torch.manual_seed(options.seed)
-    backbone = models.create(
-        options.network, options.embedding_size, options.dropout, options.width
-    )
-    head = make_head(options, len(faces.identities))
-    memory_format = torch.channels_last if options.channels_last else torch.contiguous_format
-    backbone = backbone.to(device, memory_format=memory_format)
-    head = head.to(device)
-    size = models.count_parameters(backbone) / 1e6
-    print(
-        f"{options.network} width {options.width:g}: {size:.2f} M parameters, "
-        f"{utils.hardware(device)}, {amp or 'fp32'}"
-    )
-
-    # ---- optimizer
-    optimizer = make_optimizer(backbone, head, options)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
+    # ---- model, head, optimizer
+    net = build(options, len(faces.identities), device, amp)
+    print_what_runs(net, options, len(faces.identities))
 
     # ---- resume
     step, best = 0, -1.0
     photos = faces.digest()  # once: it reads all names, millions in a large set
     if (run / checkpoint.LAST).exists() or (run / checkpoint.PREVIOUS).exists():
-        saved, warnings = checkpoint.load_checkpoint(run)
-        for warning in warnings:
-            print(f"WARNING: {warning}", file=sys.stderr)
-        check_classes(saved, faces, photos, run)
-        step, best = restore(saved, backbone, head, optimizer, scaler, device)
-        print(f"going on from step {step}")
+        saved = training_state.load(run)
+        training_state.check_classes(saved, faces, photos, run)
+        training_state.restore(saved, net, run)
+        step, best = saved["step"], saved["best"]
+        distributed.say(f"going on from step {step}")
     sampler = data_gen.RunSampler(
-        len(faces), options.batch_size, options.epochs, options.seed, step
-    )
+        len(faces), options.batch_size, options.epochs, options.seed, step,
+        distributed.rank(), distributed.ranks(),
+    )  # fmt: skip
     loader = data_gen.make_loader(
         faces, sampler, options.augment, options.workers, options.timeout, device.type == "cuda"
     )
     write_config(run, options, faces, device, amp)
-    # What a killed run logged after its last checkpoint is logged again: one value a step.
-    writer = SummaryWriter(str(run), purge_step=step + 1)
+    curves = Curves(run, options.tensorboard, step)
     if not step:
-        writer.add_text("options", options_table(options), 0)
-
-    def save() -> None:
-        writer.flush()  # the curves reach as far as the checkpoint
-        checkpoint.save_checkpoint(
-            run,
-            {
-                "format": 1,
-                "step": step,
-                "best": best,
-                "backbone": backbone.state_dict(),
-                "head": head.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(),
-                "rng": torch.get_rng_state(),
-                "rng_cuda": torch.cuda.get_rng_state_all() if device.type == "cuda" else [],
-                "identities": faces.identities,
-                "photos": photos,
-                "options": plain(options),
-            },
-        )
+        curves.write("text", "options", options_table(options), 0)
 
     # ---- loop
-    log = Log(writer, options, sampler, step)
-    backbone.train()
+    log = Log(curves, options.log_every, sampler, step)
+    net.backbone.train()
     for batch in log.timed(data_gen.batches(loader)):
         if step == sampler.start:
-            writer.add_image("augmented", face_grid(batch.crops), step)
+            curves.write("image", "augmented", face_grid(batch.crops), step)
         rate = learning_rate(step, sampler.steps, options)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        labels = batch.labels.to(device, non_blocking=True)  # (N,)
-        inputs = utils.to_batch(batch.crops, device)  # (N, 3, 112, 112)
-        with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
-            embeddings = backbone(inputs)  # (N, E)
-        logits, own, other = head(embeddings, labels, return_angles=True)  # (N, C), (N,), (N,)
-        loss = focal_loss(logits, labels, options.focal_gamma).mean()
-        optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        norm = clip_gradient(backbone, head, options.clip_norm)
-        check_finite(loss, norm, scaler, step, rate, batch, faces)
-        scaler.step(optimizer)
-        scaler.update()
+        entropy, own, other = backward(net, batch, step, options)  # (N,), then degrees (N,)
+        norm = gradient_norm(net)
+        code, loss_ok, norm_ok = agree(stop.code, entropy, norm, device)
+        check_finite(net, loss_ok, norm_ok, step, rate, norm, entropy, batch, faces)
+        update(net, norm, norm_ok, rate, options.clip_norm)
         step += 1
-        log.step(step, loss, own, other, norm, rate, len(labels))
+        log.step(step, focal(entropy, options.focal_gamma).mean(), own, other, norm.item(), rate)
 
         ended = step % sampler.steps_per_epoch == 0
         if ended and (validation or step == sampler.steps):
-            accuracy = validation.accuracy(backbone, device) if validation else math.nan
+            accuracy = validation.accuracy(net.backbone, device) if validation else math.nan
             log.validation(step, accuracy)
             if not accuracy <= best:  # better, or there is none to compare
                 best = max(best, accuracy) if validation else best
-                save_best(run, backbone, options, faces, accuracy)
-        if ended or step % options.save_every == 0 or stop.code:
-            save()
-        if stop.code and step < sampler.steps:
-            writer.close()
-            print(f"stopped at step {step}; --resume goes on from there")
-            return stop.code
+                training_state.save_best(run, net.backbone, options, faces, accuracy)
+        if ended or step % options.save_every == 0 or code:
+            curves.flush()  # they reach as far as the checkpoint
+            training_state.save(run, net, faces, photos, options, sampler, step, best)
+        if code and step < sampler.steps:
+            curves.close()
+            distributed.say(f"stopped at step {step}; --resume goes on from there")
+            return code
 
     # ---- end
-    writer.close()
-    result = {"steps": step, "validation": best if validation else None}
-    checkpoint.write_json(run / "result.json", result)
+    curves.close()
+    if distributed.rank() == 0:
+        result = {"steps": step, "validation": best if validation else None}
+        checkpoint.write_json(run / "result.json", result)
     said = f"best validation accuracy {best:.2%}, " if validation else ""
-    print(f"{run} is finished: {said}{step} steps; next: python lfw_eval.py --model {run}")
+    distributed.say(
+        f"{run} is finished: {said}{step} steps; next: python lfw_eval.py --model {run}"
+    )
     return 0
 
 
@@ -218,34 +203,47 @@ def with_defaults(options: TrainOptions) -> TrainOptions:
     if data is None and config.RAW.exists():
         data = config.DATA / "faces"
     name = options.name or options.recipe or (data.name if data else "demo")
+    begun = (options.runs / name / checkpoint.LAST).exists()
     if data is None:
-        print("No --data and no data/raw: using the embedded synthetic faces (data/synthetic).")
+        distributed.say("No --data and no data/raw: using the embedded faces (data/synthetic).")
         data = config.SYNTHETIC / "train"
-        # `make demo` is one command: it goes on where it stopped.
-        resume = resume or (name == "demo" and (options.runs / name / checkpoint.LAST).exists())
+        resume = resume or (name == "demo" and begun)  # `make demo` goes on where it stopped
+    if distributed.restarted():
+        resume = begun  # torchrun repeats the same command after it lost a rank
     workers = options.workers
     if workers < 0:
         on_cuda = utils.pick_device(options.device).type == "cuda"
-        workers = min(8, torch.multiprocessing.cpu_count()) if on_cuda else 1
+        cores = torch.multiprocessing.cpu_count() // distributed.local_ranks()
+        workers = max(1, min(8, cores)) if on_cuda else 1
     return replace(options, data=data, name=name, resume=resume, workers=workers)
 
 
-def check_options(options: TrainOptions) -> None:
-    """Refuse what would be ignored."""
+def check_options(options: TrainOptions, ranks: int) -> None:
+    """Refuse what would be ignored, and what can't be shared out."""
     default = TrainOptions()
-    for flag, name, heads in (
-        ("--m1", "m1", ("combined",)),
-        ("--m3", "m3", ("combined", "cosface")),
-        ("--easy-margin", "easy_margin", ("combined", "arcface")),
+    for flag, value, wanted, others in (
+        ("m1", options.margin, ("combined",), "--margin"),
+        ("m3", options.margin, ("combined", "cosface"), "--margin"),
+        ("easy_margin", options.margin, ("combined", "arcface"), "--margin"),
+        ("sample_rate", options.head, ("sharded",), "--head"),
     ):
-        if getattr(options, name) != getattr(default, name) and options.head not in heads:
+        if getattr(options, flag) != getattr(default, flag) and value not in wanted:
             raise InputError(
-                f"{flag} is not of --head {options.head}: it takes {' or '.join(heads)}"
+                f"--{flag.replace('_', '-')} is not of {others} {value}: "
+                f"it takes {' or '.join(wanted)}"
             )
     if (options.val_pairs is None) != (options.val_data is None):
         raise InputError("--val-pairs needs --val-data, the prepared folder that they name")
     if "/" in options.name or options.name in (".", ".."):
         raise InputError(f"--name {options.name} is no name of a folder: use --runs for the place")
+    passes = ranks * options.accumulate
+    if options.batch_size % passes or options.batch_size // passes < 2:
+        raise InputError(
+            f"--batch-size {options.batch_size} is shared by {ranks} ranks in {options.accumulate} "
+            f"passes each: name a multiple of {passes}, at least {2 * passes}"
+        )
+    if options.compile and not utils.has_compiler():
+        raise InputError("--compile needs a C++ compiler (such as g++): install one, or leave it")
 
 
 def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
@@ -259,17 +257,6 @@ def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
     return {"bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
-def plain(options: TrainOptions) -> dict[str, object]:
-    """Options as JSON and a weights-only checkpoint can hold them."""
-
-    def plainly(value: object) -> object:
-        if isinstance(value, Path):
-            return config.canonical(value)
-        return list(value) if isinstance(value, tuple) else value
-
-    return {key: plainly(value) for key, value in dataclasses.asdict(options).items()}
-
-
 def open_run(run: Path, options: TrainOptions) -> str:
     """-> "new", "unfinished" or "finished". Raises InputError: the folder holds another run."""
     path = run / "config.json"
@@ -277,8 +264,8 @@ def open_run(run: Path, options: TrainOptions) -> str:
         if options.resume:
             raise InputError(f"{run} holds no run to resume: check --name, or leave out --resume")
         return "new"
-    old = json.loads(path.read_text())["options"]
-    new = plain(options)
+    old = config.read_run(run)
+    new = config.plain(options)
     changed = [key for key in new if key not in FREE and old.get(key) != new[key]]
     if changed:
         said = ", ".join(f"{key} {old.get(key)}, now {new[key]}" for key in changed[:5])
@@ -287,7 +274,7 @@ def open_run(run: Path, options: TrainOptions) -> str:
             "another --name"
         )
     if (run / "result.json").exists():
-        print(f"{run} is finished with these options; nothing to do")
+        distributed.say(f"{run} is finished with these options; nothing to do")
         return "finished"
     if not (run / checkpoint.LAST).exists() and not (run / checkpoint.PREVIOUS).exists():
         return "new"  # stopped before its first checkpoint
@@ -303,24 +290,26 @@ def write_config(
     device: torch.device,
     amp: torch.dtype | None,
 ) -> None:
-    run.mkdir(parents=True, exist_ok=True)
+    if distributed.rank():
+        return
     what_ran = {
-        "options": plain(options),
+        "options": config.plain(options),
         "commit": utils.commit(),
         "torch": torch.__version__,
         "hardware": utils.hardware(device),
+        "ranks": distributed.ranks(),
         "precision": str(amp or torch.float32),
         "photos": len(faces),
         "identities": len(faces.identities),
     }
     checkpoint.write_json(run / "config.json", what_ran)
-    for key, value in sorted(plain(options).items()):
+    for key, value in sorted(config.plain(options).items()):
         print(f"  {key:15} {value}")
     print(f"  commit {what_ran['commit']}, torch {torch.__version__}, run {run}")
 
 
 def options_table(options: TrainOptions) -> str:
-    rows = [f"| {key} | {value} |" for key, value in sorted(plain(options).items())]
+    rows = [f"| {key} | {value} |" for key, value in sorted(config.plain(options).items())]
     return "\n".join(["| option | value |", "|---|---|", *rows])
 
 
@@ -328,297 +317,41 @@ def options_table(options: TrainOptions) -> str:
 # data
 
 
-def check_size(faces: data_gen.FaceSet, options: TrainOptions) -> None:
+def check_data(faces: data_gen.FaceSet, options: TrainOptions) -> None:
     if len(faces) < options.batch_size:
         raise InputError(
             f"{options.data} leaves {len(faces)} photos to train on, fewer than one batch of "
             f"{options.batch_size}: lower --batch-size or add photos"
         )
-
-
-class Validation:
-    """Crops and pairs that are scored after each epoch."""
-
-    def __init__(
-        self, paths: list[Path], pairs: np.ndarray, same: np.ndarray, fold: np.ndarray, what: str
-    ):
-        self.paths, self.pairs, self.same, self.fold, self.what = paths, pairs, same, fold, what
-
-    def accuracy(self, backbone: nn.Module, device: torch.device, size: int = 64) -> float:
-        """Share of pairs told right, the threshold chosen on the other folds."""
-        backbone.eval()
-        embeddings = []
-        for start in range(0, len(self.paths), size):
-            crops = [data_gen.read_crop(path) for path in self.paths[start : start + size]]
-            embeddings.append(utils.embed(backbone, np.stack(crops)))
-        backbone.train()
-        table = np.concatenate(embeddings)  # (P, E)
-        if not np.isfinite(table).all():
-            raise InputError("the network gives embeddings that are not finite: lower --lr")
-        angles = protocol.theta(table[self.pairs[:, 0]], table[self.pairs[:, 1]])
-        return protocol.kfold_accuracy(angles, self.same, self.fold).mean
-
-
-def make_validation(
-    faces: data_gen.FaceSet, options: TrainOptions
-) -> tuple[data_gen.FaceSet, Validation | None]:
-    """-> the photos to train on, and the validation."""
-    if options.val_pairs is not None:
-        pairs = protocol.read_pairs(options.val_pairs)
-        if len(pairs) == 6000 and pairs.left[0] == "Abel_Pacheco/Abel_Pacheco_0001":
-            raise InputError(
-                f"{options.val_pairs} is LFW's View 2, the test itself: validate on View 1, "
-                "pairsDevTest.txt"
-            )
-        photos, left, right = data_gen.find_photos(pairs, options.val_data)
-        what = f"{len(pairs):,} pairs of {options.val_pairs}"
-        paths = [photo.crop for photo in photos]
-        both = np.stack([left, right], axis=1)  # (P, 2)
-        return faces, Validation(paths, both, pairs.same, pairs.fold, what)
-    rest, held_out = data_gen.hold_out(faces, options.val_identities, options.seed)
-    if held_out is None:
-        return faces, None
-    pairs, same = data_gen.make_pairs(held_out, options.seed)
-    if len(pairs) < 40:  # ten folds of a few pairs; a figure from fewer would say nothing
-        return faces, None
-    fold = np.random.default_rng(0).permutation(len(pairs)) % 10
-    what = (
-        f"{len(pairs):,} pairs of {len(held_out):,} photos of "
-        f"{len(held_out.identities)} held-out identities"
-    )
-    paths = [held_out.path(index) for index in range(len(held_out))]
-    return rest, Validation(paths, pairs, same, fold, what)
-
-
-def face_grid(crops: torch.Tensor) -> torch.Tensor:
-    """uint8 (N, 112, 112, 3) -> one picture, uint8 (3, H, W), of the first 32."""
-    return make_grid(crops[:32].permute(0, 3, 1, 2), nrow=8, padding=2)
-
-
-# --------------------------------------------------------------------------------------------------
-# head, optimizer, schedule
-
-
-def make_head(options: TrainOptions, num_identities: int) -> ArcMarginHead:
-    size = options.embedding_size
-    if options.head == "cosface":
-        return cosface_head(size, num_identities, options.s, options.m3)
-    combined = options.head == "combined"
-    return ArcMarginHead(
-        size,
-        num_identities,
-        s=options.s,
-        m=options.m,
-        m1=options.m1 if combined else 1.0,
-        m3=options.m3 if combined else 0.0,
-        easy_margin=options.easy_margin,
-    )
-
-
-def make_optimizer(
-    backbone: nn.Module, head: nn.Module, options: TrainOptions
-) -> torch.optim.Optimizer:
-    """SGD; weight decay on matrices and kernels alone, not on BN, biases and PReLU slopes."""
-    trained = [
-        parameter
-        for module in (backbone, head)
-        for parameter in module.parameters()
-        if parameter.requires_grad
-    ]
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": options.weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum)
-
-
-def learning_rate(step: int, steps: int, options: TrainOptions) -> float:
-    """The rate of step 0 .. steps-1: linear warm-up, then the schedule over what is left.
-
-    Scaled with the batch (Goyal et al. 2017): `lr` is meant for `lr_batch` photos.
-    """
-    peak = options.lr * (options.batch_size / options.lr_batch if options.lr_batch else 1.0)
-    warmup = round(options.warmup * steps)
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    done = (step - warmup) / max(1, steps - warmup)  # 0 .. 1
-    if options.schedule == "step":
-        return peak * 0.1 ** sum(step / steps >= milestone for milestone in options.milestones)
-    if options.schedule == "poly":  # power 2, as the official trainer
-        return peak * (1 - done) ** 2
-    return peak * 0.5 * (1 + math.cos(math.pi * done))
-
-
-def clip_gradient(backbone: nn.Module, head: nn.Module, limit: float) -> torch.Tensor:
-    """Scale the gradient down to the norm `limit` (0: leave it) -> its norm before."""
-    parameters = [*backbone.parameters(), *head.parameters()]
-    return nn.utils.clip_grad_norm_(parameters, limit or math.inf)
-
-
-def check_finite(
-    loss: torch.Tensor,
-    norm: torch.Tensor,
-    scaler: torch.amp.GradScaler,
-    step: int,
-    rate: float,
-    batch: data_gen.Batch,
-    faces: data_gen.FaceSet,
-) -> None:
-    """Stop before an update that would ruin the weights. With fp16 the scaler skips overflows.
-
-    note: reading the norm is a CPU-GPU sync point.
-    """
-    if math.isfinite(norm) or (scaler.is_enabled() and math.isfinite(loss)):
-        return
-    photos = ", ".join(faces.images[index] for index in batch.indices[:4].tolist())
-    raise InputError(
-        f"loss {loss.item():g} and gradient norm {norm.item():g} at step {step}, learning rate "
-        f"{rate:g}, photos {photos}, ...: the update was "
-        "not made; train with a lower --lr under another --name"
-    )
-
-
-# --------------------------------------------------------------------------------------------------
-# checkpoints
-
-
-def check_classes(saved: dict, faces: data_gen.FaceSet, photos: str, run: Path) -> None:
-    """A class number must mean the same identity as before, and an index the same photo."""
-    if saved["identities"] != faces.identities or saved["photos"] != photos:
+    if len(faces.identities) < distributed.ranks():
         raise InputError(
-            f"{run} was trained on {len(saved['identities'])} identities, and the data now give "
-            f"{len(faces.identities)}, or other photos: restore them, or choose another --name"
+            f"{options.data} has {len(faces.identities)} identities, fewer than "
+            f"{distributed.ranks()} ranks: start fewer"
         )
+    try:
+        validate_labels(torch.from_numpy(faces.labels), len(faces.identities))
+    except ValueError as error:
+        raise InputError(f"{options.data}: {error}; prepare it again") from error
 
 
-def restore(
-    saved: dict,
-    backbone: nn.Module,
-    head: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    device: torch.device,
-) -> tuple[int, float]:
-    """Put a checkpoint back -> step and best validation accuracy."""
-    backbone.load_state_dict(saved["backbone"])
-    head.load_state_dict(saved["head"])
-    optimizer.load_state_dict(saved["optimizer"])
-    scaler.load_state_dict(saved["scaler"])
-    torch.set_rng_state(saved["rng"])
-    if device.type == "cuda" and saved["rng_cuda"]:
-        torch.cuda.set_rng_state_all(saved["rng_cuda"])
-    return saved["step"], saved["best"]
-
-
-def save_best(
-    run: Path,
-    backbone: nn.Module,
-    options: TrainOptions,
-    faces: data_gen.FaceSet,
-    accuracy: float,
-) -> None:
-    """The weights with all that a user of them must know."""
-    metadata = {
-        "network": options.network,
-        "width": repr(options.width),
-        "embedding_size": str(options.embedding_size),
-        "input": "112x112 RGB, (x - 127.5) / 127.5",
-        "identities": str(len(faces.identities)),
-        "photos": str(len(faces)),
-        "validation_accuracy": f"{accuracy:.6f}",
-        "commit": utils.commit(),
-    }
-    checkpoint.save_weights(run / checkpoint.BEST, backbone.state_dict(), metadata)
-
-
-class Stop:
-    """SIGTERM and Ctrl-C end the run after the step, with a checkpoint; a second one at once."""
-
-    SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-    def __enter__(self) -> "Stop":
-        self.code = 0
-        self.before = [signal.signal(number, self._ask) for number in self.SIGNALS]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in zip(self.SIGNALS, self.before, strict=True):
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.code = 128 + number
-        signal.signal(number, signal.SIG_DFL)
-
-
-# --------------------------------------------------------------------------------------------------
-# what a person sees
-
-
-class Log:
-    """Console and TensorBoard: means over an interval, and the share of time spent waiting."""
-
-    def __init__(
-        self, writer: SummaryWriter, options: TrainOptions, sampler: data_gen.RunSampler, step: int
-    ):
-        self.writer, self.every, self.sampler = writer, options.log_every, sampler
-        self.start, self.first = time.perf_counter(), step
-        self._clear()
-
-    def _clear(self) -> None:
-        self.seconds = self.waited = 0.0
-        self.photos = 0
-        self.losses: list[torch.Tensor] = []
-        self.own: list[torch.Tensor] = []
-        self.other: list[torch.Tensor] = []
-
-    def timed(self, batches):
-        """The same batches; the time that they are waited for is counted."""
-        iterator = iter(batches)
-        while True:
-            self.step_start = time.perf_counter()  # a step ends in `step`: validation is not in it
-            batch = next(iterator, None)
-            if batch is None:
-                return
-            self.waited += time.perf_counter() - self.step_start
-            yield batch
-
-    def step(self, step, loss, own, other, norm, rate, photos) -> None:
-        self.seconds += time.perf_counter() - self.step_start
-        self.photos += photos
-        self.losses.append(loss.detach())  # read at the end of the interval: no sync a step
-        self.own.append(own)
-        self.other.append(other)
-        if step % self.every and step != self.sampler.steps:
-            return
-        own, other = torch.cat(self.own), torch.cat(self.other)  # (K,) degrees
-        values = {
-            "train/loss": torch.stack(self.losses).mean().item(),
-            "train/accuracy": (own < other).float().mean().item(),
-            "train/learning_rate": rate,
-            "train/gradient_norm": float(norm),
-            "speed/photos_per_second": self.photos / self.seconds,
-            "speed/waiting_for_data": self.waited / self.seconds,
-        }
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
-        self.writer.add_histogram("theta/own", own, step)
-        self.writer.add_histogram("theta/nearest_other", other, step)
-        left = (time.perf_counter() - self.start) / (step - self.first)
-        left = int(left * (self.sampler.steps - step))
+def print_what_runs(net: Net, options: TrainOptions, num_identities: int) -> None:
+    ranks = distributed.ranks()
+    size = models.count_parameters(net.backbone) / 1e6
+    distributed.say(
+        f"{options.network} width {options.width:g}: {size:.2f} M parameters, "
+        f"{utils.hardware(net.device)}, {net.amp or 'fp32'}"
+        + (f", {ranks} ranks of {options.batch_size // ranks} photos a step" if ranks > 1 else "")
+    )
+    memory = head_memory(options, num_identities, ranks)
+    total, there = sum(memory.values()), utils.total_memory(net.device)
+    parts = ", ".join(f"{name} {bytes_ / 1e6:,.0f} MB" for name, bytes_ in memory.items())
+    distributed.say(f"{options.head} head of {num_identities:,} identities, a rank: {parts}")
+    if total > there and distributed.rank() == 0:
         print(
-            f"step {step:6}/{self.sampler.steps}  epoch {step / self.sampler.steps_per_epoch:6.2f}"
-            f"  loss {values['train/loss']:7.3f}  acc {values['train/accuracy']:6.1%}"
-            f"  theta {own.mean():5.1f} / {other.mean():5.1f}  lr {rate:.4f}"
-            f"  grad {float(norm):6.2f}  {self.photos / self.seconds:6.1f} photos/s"
-            f"  wait {self.waited / self.seconds:5.1%}  left {left // 60}:{left % 60:02d}",
-            flush=True,
+            f"WARNING: the head needs {total / 1e9:.1f} GB and the device has {there / 1e9:.1f} "
+            "GB: use --head sharded on more ranks, a --sample-rate below 1, or --accumulate",
+            file=sys.stderr,
         )
-        self._clear()
-
-    def validation(self, step: int, accuracy: float) -> None:
-        if math.isfinite(accuracy):
-            self.writer.add_scalar("validation/accuracy", accuracy, step)
-            print(f"validation accuracy {accuracy:.2%} after step {step}", flush=True)
 
 
 if __name__ == "__main__":

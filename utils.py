@@ -5,7 +5,9 @@ model = load_backbone("runs/first")        # or a .safetensors, or an .onnx
 embeddings = embed(model, crops)           # uint8 (N, 112, 112, 3) RGB -> float32 (N, E)
 """
 
+import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -179,6 +181,18 @@ def hardware(device: torch.device) -> str:
                  if line.startswith("model name")]  # fmt: skip
         name = names[0] if names else name
     return f"{name}, {torch.get_num_threads()} threads"
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes of the card, or of this machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def has_compiler() -> bool:
+    """Whether torch.compile finds what it needs."""
+    return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++", "c++"))
 
 
 class Progress:

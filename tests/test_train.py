@@ -13,12 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import checkpoint
 import config
 import models
 import train
+import training_step
 import utils
 from arcface import ArcMarginHead
 from config import InputError, TrainOptions
@@ -84,7 +86,7 @@ def test_tensorboard_shows_what_it_should(finished):
     steps = [event.step for event in events.Scalars("train/loss")]
     assert steps == [3, 6, 9, 12, 15, 18, 20]
     assert [event.step for event in events.Scalars("validation/accuracy")] == [10, 20]
-    expected = train.learning_rate(19, 20, options)
+    expected = training_step.learning_rate(19, 20, options)
     assert events.Scalars("train/learning_rate")[-1].value == pytest.approx(expected)
 
 
@@ -108,7 +110,7 @@ def test_a_run_is_a_function_of_its_seed(finished, tmp_path):
     assert not same(weights(tmp_path / "other"), weights(run))
 
 
-@pytest.mark.parametrize(("stop_at", "workers"), [(1, 0), (10, 0), (13, 1)])
+@pytest.mark.parametrize(("stop_at", "workers"), [(1, 0), (10, 0), (14, 0), (7, 2), (13, 2)])
 def test_a_stopped_run_goes_on_as_if_never_stopped(
     finished, tmp_path, monkeypatch, stop_at, workers
 ):
@@ -121,7 +123,7 @@ def test_a_stopped_run_goes_on_as_if_never_stopped(
         @property
         def code(self):
             type(self).calls += 1
-            return 143 if (self.calls + 1) // 2 >= stop_at else 0
+            return 143 if self.calls >= stop_at else 0
 
         @code.setter
         def code(self, value):
@@ -259,9 +261,12 @@ def test_the_weights_say_what_they_are(finished):
         ({"amp": "fp16", "device": "cpu"}, "fp16 needs CUDA"),
         ({"val_pairs": Path("x.txt")}, "needs --val-data"),
         ({"val_data": Path("x")}, "needs --val-data"),
-        ({"m1": 1.2}, "--m1 is not of --head arcface"),
-        ({"m3": 0.2}, "--m3 is not of --head arcface"),
-        ({"head": "cosface", "easy_margin": True}, "--easy-margin is not of --head cosface"),
+        ({"m1": 1.2}, "--m1 is not of --margin arcface"),
+        ({"m3": 0.2}, "--m3 is not of --margin arcface"),
+        ({"margin": "cosface", "easy_margin": True}, "--easy-margin is not of --margin cosface"),
+        ({"sample_rate": 0.5}, "--sample-rate is not of --head dense: it takes sharded"),
+        ({"accumulate": 3}, "name a multiple of 3, at least 6"),
+        ({"accumulate": 16}, "name a multiple of 16, at least 32"),
         ({"name": "a/b"}, "is no name of a folder"),
     ],
 )
@@ -293,13 +298,13 @@ def test_validation_on_given_pairs(options, prepared, tmp_path):
 
 
 def test_no_update_is_made_with_a_loss_that_is_not_finite(options, monkeypatch):
-    real, calls = train.focal_loss, []
+    real, calls = F.cross_entropy, []
 
-    def nan_at_the_fifth(*arguments):
+    def nan_at_the_fifth(*arguments, **words):
         calls.append(1)
-        return real(*arguments) * (math.nan if len(calls) == 5 else 1.0)
+        return real(*arguments, **words) * (math.nan if len(calls) == 5 else 1.0)
 
-    monkeypatch.setattr(train, "focal_loss", nan_at_the_fifth)
+    monkeypatch.setattr(training_step.F, "cross_entropy", nan_at_the_fifth)
     with pytest.raises(InputError) as error:
         train.main(dataclasses.replace(options, save_every=1))
     text = str(error.value)
@@ -311,15 +316,17 @@ def test_no_update_is_made_with_a_loss_that_is_not_finite(options, monkeypatch):
 
 def test_weight_decay_spares_norms_biases_and_slopes(options):
     backbone, head = models.create("se-r18", width=0.125), ArcMarginHead(512, 10)
-    decayed, spared = train.make_optimizer(backbone, head, options).param_groups
+    groups = training_step.make_optimizer(backbone, head, options).param_groups
+    decayed, spared, last = groups
     assert decayed["weight_decay"] == options.weight_decay and spared["weight_decay"] == 0
-    assert any(p is head.weight for p in decayed["params"])
+    assert last["weight_decay"] == options.weight_decay
+    assert last["params"][0] is head.weight and len(last["params"]) == 1
     names = {id(p): name for name, p in backbone.named_parameters()}
     for parameter in spared["params"]:
         assert "bn" in names[id(parameter)] or any(
             part in names[id(parameter)] for part in ("prelu", "bias", "downsample.1", "features")
         )
-    counted = sum(len(group["params"]) for group in (decayed, spared))
+    counted = sum(len(group["params"]) for group in groups)
     trained = [p for m in (backbone, head) for p in m.parameters() if p.requires_grad]
     assert counted == len(trained)
 
@@ -327,7 +334,7 @@ def test_weight_decay_spares_norms_biases_and_slopes(options):
 def test_the_schedules(options):
     def rates(**change):
         changed = dataclasses.replace(options, lr=1.0, batch_size=32, lr_batch=32, **change)
-        return [train.learning_rate(step, 100, changed) for step in range(100)]
+        return [training_step.learning_rate(step, 100, changed) for step in range(100)]
 
     cosine = rates(schedule="cosine", warmup=0.1)
     assert cosine[:10] == pytest.approx([0.1 * step for step in range(1, 11)])
@@ -338,19 +345,19 @@ def test_the_schedules(options):
     poly = rates(schedule="poly", warmup=0.0)
     assert poly[0] == 1.0 and poly[50] == pytest.approx(0.25)
     double = dataclasses.replace(options, lr=0.1, batch_size=256, lr_batch=128, warmup=0.0)
-    assert train.learning_rate(0, 100, double) == pytest.approx(0.2)
+    assert training_step.learning_rate(0, 100, double) == pytest.approx(0.2)
     unscaled = dataclasses.replace(double, lr_batch=0)
-    assert train.learning_rate(0, 100, unscaled) == pytest.approx(0.1)
+    assert training_step.learning_rate(0, 100, unscaled) == pytest.approx(0.1)
 
 
 def test_the_heads_of_the_options(options):
     def head(**change):
-        made = train.make_head(dataclasses.replace(options, s=30.0, m=0.4, **change), 5)
+        made = training_step.make_head(dataclasses.replace(options, s=30.0, m=0.4, **change), 5)
         return made.s, made.m, made.m1, made.m3
 
-    assert head(head="arcface", m1=1.5, m3=0.2) == (30.0, 0.4, 1.0, 0.0)
-    assert head(head="cosface", m3=0.2) == (30.0, 0.0, 1.0, 0.2)
-    assert head(head="combined", m1=1.5, m3=0.2) == (30.0, 0.4, 1.5, 0.2)
+    assert head(margin="arcface", m1=1.5, m3=0.2) == (30.0, 0.4, 1.0, 0.0)
+    assert head(margin="cosface", m3=0.2) == (30.0, 0.0, 1.0, 0.2)
+    assert head(margin="combined", m1=1.5, m3=0.2) == (30.0, 0.4, 1.5, 0.2)
 
 
 @pytest.mark.slow

@@ -1,0 +1,180 @@
+"""What a run saves and takes up again: checkpoints of all ranks, and the best weights.
+
+    save(run, net, faces, photos, options, sampler, step, best)
+    saved = load(run); check_classes(saved, ...); restore(saved, net, run)
+
+Legend of shapes: R ranks.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import checkpoint
+import config
+import data_gen
+import distributed
+import utils
+from config import InputError, TrainOptions
+from sharded_head import ShardedHead
+from training_step import Net, seed_of_rank
+
+FORMAT = 2  # of a checkpoint
+
+
+def save(
+    run: Path,
+    net: Net,
+    faces: data_gen.FaceSet,
+    photos: str,
+    options: TrainOptions,
+    sampler: data_gen.RunSampler,
+    step: int,
+    best: float,
+) -> None:
+    """The first rank writes last.pt; before it, each its part of a sharded head."""
+    device = net.device
+    rng = distributed.gather(torch.get_rng_state()[None].to(device)).cpu()  # (R, bytes)
+    rng_cuda = torch.zeros(0)
+    if device.type == "cuda":
+        rng_cuda = distributed.gather(torch.cuda.get_rng_state(device)[None].to(device)).cpu()
+    optimizer = net.optimizer.state_dict()
+    parts: dict[str, str] = {}
+    if net.sharded:
+        index = optimizer["param_groups"][-1]["params"][0]
+        momentum = optimizer["state"].pop(index, {}).get("momentum_buffer")
+        parts = save_parts(run, net.head, momentum, step)
+    if distributed.rank() == 0:
+        state = {
+            "format": FORMAT,
+            "step": step,
+            "epoch": step // sampler.steps_per_epoch,
+            "batch": step % sampler.steps_per_epoch,  # of the epoch
+            "best": best,
+            "backbone": net.backbone.state_dict(),
+            "head": {} if net.sharded else net.head.state_dict(),
+            "parts": parts,
+            "optimizer": optimizer,
+            "scaler": net.scaler.state_dict(),
+            "overflows": [net.overflows, net.all_overflows],
+            "rng": rng,
+            "rng_cuda": rng_cuda,
+            "identities": faces.identities,
+            "photos": photos,
+            "options": config.plain(options),
+        }
+        checkpoint.save_checkpoint(run, state)
+    distributed.barrier()
+
+
+def save_parts(run: Path, head: ShardedHead, momentum: Tensor | None, step: int) -> dict[str, str]:
+    """Each rank's centres and momentum in a file of their own -> names and sha256 of all files."""
+    state = {"start": head.start, "weight": head.weight.detach(), "momentum": momentum}
+    rank, ranks = distributed.rank(), distributed.ranks()
+    _, digest = checkpoint.save_part(run, step, rank, ranks, state)
+    bytes_ = torch.frombuffer(bytearray.fromhex(digest), dtype=torch.uint8)  # (32,)
+    digests = distributed.gather(bytes_[None].to(head.weight.device)).cpu()  # (R, 32)
+    return {
+        checkpoint.part_name(step, number, ranks): bytes(row.tolist()).hex()
+        for number, row in enumerate(digests)
+    }
+
+
+def load(run: Path) -> dict:
+    """The newest good checkpoint, the same on every rank."""
+    if distributed.rank():
+        distributed.barrier()  # the first rank moves damaged files out of the way
+    saved, warnings = checkpoint.load_checkpoint(run)
+    if not distributed.rank():
+        for warning in warnings:
+            print(f"WARNING: {warning}", file=sys.stderr)
+        distributed.barrier()
+    if saved.get("format") != FORMAT:
+        raise InputError(
+            f"{run / checkpoint.LAST} is of format {saved.get('format')}, and this code reads "
+            f"{FORMAT}: finish the run with the commit in its config.json, or choose another --name"
+        )
+    return saved
+
+
+def check_classes(saved: dict, faces: data_gen.FaceSet, photos: str, run: Path) -> None:
+    """A class number must mean the same identity as before, and an index the same photo."""
+    if saved["identities"] != faces.identities or saved["photos"] != photos:
+        raise InputError(
+            f"{run} was trained on {len(saved['identities'])} identities, and the data now give "
+            f"{len(faces.identities)}, or other photos: restore them, or choose another --name"
+        )
+
+
+def restore(saved: dict, net: Net, run: Path) -> None:
+    """Put a checkpoint back. With another number of ranks, random states start anew."""
+    checkpoint.load_state(net.backbone, saved["backbone"], run / checkpoint.LAST)
+    optimizer = saved["optimizer"]
+    if net.sharded:
+        momentum = load_centres(run, saved["parts"], net.head)
+        if momentum is not None:
+            index = optimizer["param_groups"][-1]["params"][0]
+            optimizer["state"][index] = {"momentum_buffer": momentum}
+    else:
+        checkpoint.load_state(net.head, saved["head"], run / checkpoint.LAST)
+    net.optimizer.load_state_dict(optimizer)
+    net.scaler.load_state_dict(saved["scaler"])
+    net.overflows, net.all_overflows = saved["overflows"]
+    ranks, rank = len(saved["rng"]), distributed.rank()
+    if ranks != distributed.ranks():
+        distributed.say(
+            f"saved by {ranks} ranks, going on with {distributed.ranks()}: the photos come in the "
+            "same order, but dropout, batch norm and sampled centres will differ"
+        )
+        torch.manual_seed(seed_of_rank(saved["step"]))
+        return
+    torch.set_rng_state(saved["rng"][rank])
+    if net.device.type == "cuda" and len(saved["rng_cuda"]):
+        torch.cuda.set_rng_state(saved["rng_cuda"][rank], net.device)
+
+
+def load_centres(run: Path, parts: dict[str, str], head: ShardedHead) -> Tensor | None:
+    """This rank's centres from the parts that hold them -> their momentum, if there is any yet."""
+    momentum = None
+    covered = 0
+    for name in parts:
+        part = checkpoint.load_part(run, name)
+        first = max(head.start, part["start"])
+        last = min(head.stop, part["start"] + len(part["weight"]))
+        if first >= last:
+            continue
+        here, there = (slice(first - at, last - at) for at in (head.start, part["start"]))
+        with torch.no_grad():
+            head.weight[here] = part["weight"][there].to(head.weight.device)
+        if part["momentum"] is not None:
+            momentum = torch.zeros_like(head.weight) if momentum is None else momentum
+            momentum[here] = part["momentum"][there].to(momentum.device)
+        covered += last - first
+    if covered != head.stop - head.start:
+        raise InputError(f"{run}: its parts {', '.join(parts)} do not hold all identities")
+    return momentum
+
+
+def save_best(
+    run: Path,
+    backbone: nn.Module,
+    options: TrainOptions,
+    faces: data_gen.FaceSet,
+    accuracy: float,
+) -> None:
+    """The weights with all that a user of them must know."""
+    if distributed.rank():
+        return
+    metadata = {
+        "network": options.network,
+        "width": repr(options.width),
+        "embedding_size": str(options.embedding_size),
+        "input": "112x112 RGB, (x - 127.5) / 127.5",
+        "identities": str(len(faces.identities)),
+        "photos": str(len(faces)),
+        "validation_accuracy": f"{accuracy:.6f}",
+        "commit": utils.commit(),
+    }
+    checkpoint.save_weights(run / checkpoint.BEST, backbone.state_dict(), metadata)

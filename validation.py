@@ -1,0 +1,82 @@
+"""The validation of a run: held-out identities, or given pairs such as LFW's View 1.
+
+    faces, validation = make_validation(faces, options)      # the photos left to train on
+    validation.accuracy(backbone, device)                    # k-fold, on plain angles
+
+Never LFW's View 2: that is the test. Legend of shapes: P crops, E embedding size.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+import data_gen
+import distributed
+import protocol
+import utils
+from config import InputError, TrainOptions
+
+
+class Validation:
+    """Crops and pairs that are scored after each epoch."""
+
+    def __init__(
+        self, paths: list[Path], pairs: np.ndarray, same: np.ndarray, fold: np.ndarray, what: str
+    ):
+        self.paths, self.pairs, self.same, self.fold, self.what = paths, pairs, same, fold, what
+
+    def accuracy(self, backbone: nn.Module, device: torch.device, size: int = 64) -> float:
+        """Share of pairs told right, the threshold chosen on the other folds.
+
+        The ranks share the crops; each gets the figure.
+        """
+        distributed.copy_buffers(backbone)
+        most = -(-len(self.paths) // distributed.ranks())  # of a rank, the last ones have fewer
+        paths = self.paths[distributed.rank() * most :][:most]
+        table = torch.zeros(most, 0, device=device)
+        backbone.eval()
+        for start in range(0, len(paths), size):
+            crops = [data_gen.read_crop(path) for path in paths[start : start + size]]
+            part = torch.from_numpy(utils.embed(backbone, np.stack(crops))).to(device)
+            if not start:
+                table = part.new_zeros(most, part.shape[1])
+            table[start : start + len(part)] = part
+        backbone.train()
+        table = distributed.gather(table)[: len(self.paths)].cpu().numpy()  # (P, E)
+        if not np.isfinite(table).all():
+            raise InputError("the network gives embeddings that are not finite: lower --lr")
+        angles = protocol.theta(table[self.pairs[:, 0]], table[self.pairs[:, 1]])
+        return protocol.kfold_accuracy(angles, self.same, self.fold).mean
+
+
+def make_validation(
+    faces: data_gen.FaceSet, options: TrainOptions
+) -> tuple[data_gen.FaceSet, Validation | None]:
+    """-> the photos to train on, and the validation."""
+    if options.val_pairs is not None:
+        pairs = protocol.read_pairs(options.val_pairs)
+        if len(pairs) == 6000 and pairs.left[0] == "Abel_Pacheco/Abel_Pacheco_0001":
+            raise InputError(
+                f"{options.val_pairs} is LFW's View 2, the test itself: validate on View 1, "
+                "pairsDevTest.txt"
+            )
+        photos, left, right = data_gen.find_photos(pairs, options.val_data)
+        what = f"{len(pairs):,} pairs of {options.val_pairs}"
+        paths = [photo.crop for photo in photos]
+        both = np.stack([left, right], axis=1)  # (P, 2)
+        return faces, Validation(paths, both, pairs.same, pairs.fold, what)
+    rest, held_out = data_gen.hold_out(faces, options.val_identities, options.seed)
+    if held_out is None:
+        return faces, None
+    pairs, same = data_gen.make_pairs(held_out, options.seed)
+    if len(pairs) < 40:  # ten folds of a few pairs; a figure from fewer would say nothing
+        return faces, None
+    fold = np.random.default_rng(0).permutation(len(pairs)) % 10
+    what = (
+        f"{len(pairs):,} pairs of {len(held_out):,} photos of "
+        f"{len(held_out.identities)} held-out identities"
+    )
+    paths = [held_out.path(index) for index in range(len(held_out))]
+    return rest, Validation(paths, pairs, same, fold, what)
