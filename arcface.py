@@ -206,7 +206,11 @@ class _MarginLogits(torch.autograd.Function):
                 grad_weight.index_add_(0, labels, own)
                 if sampled is not None:
                     grad_weight = torch.sparse_coo_tensor(
-                        sampled[None], grad_weight, ctx.shape, is_coalesced=True
+                        sampled[None],
+                        grad_weight,
+                        ctx.shape,
+                        check_invariants=False,
+                        is_coalesced=True,
                     )
         return grad_x, grad_weight, None, None, None, None, None, None
 

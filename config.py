@@ -130,8 +130,12 @@ class TrainOptions:
         high=1,
     )
     margin: str = option("arcface", "its kind", choices=("arcface", "cosface", "combined"))
+    # torchrun takes --s and --m for beginnings of its own options: hence the second names.
     s: float = option(
-        32.0, "scale of the logits; 64 is published for ten thousand identities and more", above=0
+        32.0,
+        "scale of the logits; 64 is published for ten thousand identities and more",
+        above=0,
+        alias="scale",
     )
     m: float = option(
         0.3,
@@ -139,6 +143,7 @@ class TrainOptions:
         "tens of epochs",
         low=0,
         high=3.14,
+        alias="m2",
     )
     m1: float = option(1.0, "multiplies the angle (combined margin)", low=1, high=4)
     m3: float = option(
@@ -391,7 +396,8 @@ def _parser(kind: type, doc: str | None) -> _Parser:
     for field in dataclasses.fields(kind):
         if "group" in field.metadata:
             group = parser.add_argument_group(str(field.metadata["group"]))
-        group.add_argument(_flag(field), **_argument(field, hints[field.name]))
+        other = [f"--{field.metadata['alias']}"] if "alias" in field.metadata else []
+        group.add_argument(_flag(field), *other, **_argument(field, hints[field.name]))
     return parser
 
 

@@ -7,6 +7,7 @@ Every function here works at one rank too, where it costs nothing.
 Legend: R ranks, B rows a rank, E embedding size.
 """
 
+import inspect
 import os
 from datetime import timedelta
 
@@ -110,7 +111,7 @@ def gather(tensor: Tensor) -> Tensor:
         return tensor
     tensor = tensor.contiguous()
     everyone = tensor.new_empty((ranks() * len(tensor), *tensor.shape[1:]))
-    dist.all_gather_into_tensor(everyone, tensor)
+    dist.all_gather(list(everyone.chunk(ranks())), tensor)
     return everyone
 
 
@@ -131,11 +132,11 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         size = len(grad) // ranks()
-        if dist.get_backend() == "gloo":  # has no reduce_scatter of tensors
+        if dist.get_backend() == "gloo":  # has no reduce_scatter
             own = sum_(grad.clone())[rank() * size : (rank() + 1) * size]
         else:
             own = grad.new_empty((size, *grad.shape[1:]))
-            dist.reduce_scatter_tensor(own, grad.contiguous())
+            dist.reduce_scatter(own, list(grad.contiguous().chunk(ranks())))
         return own * ranks()  # (B, E)
 
 
@@ -155,6 +156,8 @@ def wrap(module: nn.Module, device: torch.device) -> nn.Module:
     if ranks() == 1:
         return module
     ids = [device.index] if device.type == "cuda" else None
+    known = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     return DistributedDataParallel(
-        module, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
-    )
+        module, device_ids=ids, gradient_as_bucket_view=True, **{name: False}
+    )  # the name changed with torch 2.14

@@ -45,7 +45,8 @@ def create(
         network: one of ``NETWORKS``.
         embedding_size: E, the length of an embedding.
         dropout: probability, before the last linear layer (the paper: 0.4).
-        width: multiplies every channel count, rounded to a multiple of 8; 1.0 is the published net.
+        width: multiplies every channel count, rounded to a multiple of 8 and at least 16; 1.0 is
+            the published net.
         input_size: side of the crops in pixels, a multiple of 16; 112 is the published size.
 
     Returns:
@@ -130,7 +131,7 @@ class IResNet(nn.Module):
                 x = _again(block, x) if self.checkpointing else block(x)  # (N, 512, 7, 7) at last
         x = self.dropout(self.bn2(x)).flatten(1)  # (N, 25088)
         with _full_precision(x):
-            return self.features(self.fc(x.float()))  # (N, E)
+            return self.features(self.fc(_at_least_float32(x)))  # (N, E)
 
 
 class IRBlock(nn.Module):
@@ -277,7 +278,7 @@ class GlobalDepthwise(nn.Module):
         pool, flatten, linear, norm = self.layers
         x = flatten(pool(x))  # (N, C)
         with _full_precision(x):
-            return norm(linear(x.float()))  # (N, E)
+            return norm(linear(_at_least_float32(x)))  # (N, E)
 
 
 # ---------------------------------------------------------------- shared pieces
@@ -319,13 +320,21 @@ def _same_statistics(block: nn.Module) -> Iterator[None]:
 
 
 def _scaled(channels: int, width: float) -> int:
-    """``channels * width`` to the nearest multiple of 8, at least 8."""
-    return max(8, int(channels * width / 8 + 0.5) * 8)
+    """``channels * width`` to the nearest multiple of 8, at least 16.
+
+    Below 16 channels in channels-last, the backward pass of a strided 1x1 convolution crashes the
+    process on a CPU with AVX-512 (torch 2.14.1, oneDNN).
+    """
+    return max(16, int(channels * width / 8 + 0.5) * 8)
 
 
 def _check_input(x: Tensor, size: int) -> None:
     if x.ndim != 4 or x.shape[1:] != (3, size, size):
         raise ValueError(f"expected a batch (N, 3, {size}, {size}), got {tuple(x.shape)}")
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _full_precision(x: Tensor) -> AbstractContextManager:

@@ -70,7 +70,7 @@ class ShardedHead(ArcMarginHead):
             Cross-entropy float32 (N,); and in degrees, detached, the angle to the own centre and
             to the nearest other one that took part, (N,).
         """
-        everyone = distributed.gather_with_gradient(embeddings.float())  # (N, E)
+        everyone = distributed.gather_with_gradient(embeddings)  # (N, E)
         local = distributed.gather(labels) - self.start  # (N,)
         rows = ((local >= 0) & (local < self.stop - self.start)).nonzero()[:, 0]  # (K,)
         local = local[rows]  # (K,)

@@ -130,9 +130,9 @@ def restore(saved: dict, net: Net, run: Path) -> None:
         )
         torch.manual_seed(seed_of_rank(saved["step"]))
         return
-    torch.set_rng_state(saved["rng"][rank])
+    torch.set_rng_state(saved["rng"][rank].clone())  # a view of a larger tensor crashes it
     if net.device.type == "cuda" and len(saved["rng_cuda"]):
-        torch.cuda.set_rng_state(saved["rng_cuda"][rank], net.device)
+        torch.cuda.set_rng_state(saved["rng_cuda"][rank].clone(), net.device)
 
 
 def load_centres(run: Path, parts: dict[str, str], head: ShardedHead) -> Tensor | None:

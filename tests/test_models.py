@@ -218,7 +218,7 @@ def test_embeddings_are_float32_under_autocast(network):
 
 @pytest.mark.parametrize(
     ("width", "channels"),
-    [(0.25, [16, 16, 32, 64, 128]), (0.3, [16, 16, 40, 80, 152]), (0.01, [8] * 5), (2.0, None)],
+    [(0.25, [16, 16, 32, 64, 128]), (0.3, [16, 16, 40, 80, 152]), (0.01, [16] * 5), (2.0, None)],
 )
 def test_width_scales_channels_to_multiples_of_8(width, channels):
     channels = channels or [128, 128, 256, 512, 1024]
