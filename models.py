@@ -310,13 +310,14 @@ def _again(block: nn.Module, x: Tensor) -> Tensor:
 def _same_statistics(block: nn.Module) -> Iterator[None]:
     """The second forward pass must not count in BN's running statistics again."""
     norms = [m for m in block.modules() if isinstance(m, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.track_running_stats = False
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:  # momentum 0 keeps the old statistics; to switch them off would save less
+        norm.momentum, norm.num_batches_tracked = 0.0, None  # than the first pass, which is refused
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, (momentum, count) in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, count
 
 
 def _scaled(channels: int, width: float) -> int:

@@ -127,7 +127,7 @@ def _run(head, x, labels, upstream):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("margin", MARGINS)
-def test_values_and_gradients_at_1_to_179_degrees(margin, dtype):
+def test_row29_values_and_gradients_at_1_to_179_degrees(margin, dtype):
     head = ArcMarginHead(E, C, s=64.0, **MARGINS[margin])
     degrees = _degrees(margin)
     x, labels = _samples_at(degrees, head, dtype)
@@ -174,7 +174,7 @@ def test_own_gradient_alone_at_1_to_179_degrees(margin):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("margin", MARGINS)
-def test_finite_and_bounded_on_the_centre_and_opposite(margin, dtype):
+def test_row29_finite_and_bounded_on_the_centre_and_opposite(margin, dtype):
     head = ArcMarginHead(E, C, s=64.0, **MARGINS[margin])
     generator = torch.Generator().manual_seed(2)
     head.weight.data.copy_(torch.randn(C, E, generator=generator).to(dtype))
@@ -314,7 +314,7 @@ def test_autocast_changes_nothing(dtype):
 
 @pytest.mark.parametrize("margin", MARGINS)
 @pytest.mark.parametrize("length", [0.0, 1e-30, 1e-9])
-def test_zero_embedding_or_centre_is_finite_and_pulls_nothing(margin, length):
+def test_row28_zero_embedding_or_centre_is_finite_and_pulls_nothing(margin, length):
     head = ArcMarginHead(E, C, **MARGINS[margin])
     x, labels = _samples_at([10, 60, 120], head)
     x[1] *= length / x[1].norm()
@@ -344,7 +344,7 @@ def test_lengths_do_not_matter():
     torch.testing.assert_close(head(x * scale, labels), before, rtol=0, atol=3e-5)
 
 
-def test_labels_out_of_range_are_named():
+def test_row30_labels_out_of_range_are_named():
     validate_labels(torch.tensor([0, 4, 2]), C)
     for bad in (-1, C):
         with pytest.raises(ValueError, match=rf"label {bad} at index 1 is outside 0\.\.4"):

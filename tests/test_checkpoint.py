@@ -43,7 +43,7 @@ def damage(path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["flipped", "half", "empty", "html"])
-def test_a_damaged_newest_is_passed_over_with_a_warning(folder, how):
+def test_row25_a_damaged_newest_is_passed_over_with_a_warning(folder, how):
     damage(folder / "last.pt", how)
     saved, warnings = load_checkpoint(folder)
     assert saved["step"] == 1
@@ -55,7 +55,7 @@ def test_a_damaged_newest_is_passed_over_with_a_warning(folder, how):
     assert load_checkpoint(folder)[0]["step"] == 1
 
 
-def test_where_none_loads_nothing_starts_silently(folder):
+def test_row25_where_none_loads_nothing_starts_silently(folder):
     for name in ("last.pt", "previous.pt"):
         damage(folder / name, "flipped")
     with pytest.raises(InputError, match=r"last\.pt is damaged.*previous\.pt is damaged"):
@@ -63,7 +63,7 @@ def test_where_none_loads_nothing_starts_silently(folder):
 
 
 @pytest.mark.parametrize("after", range(1, 9))
-def test_a_kill_at_any_call_leaves_a_checkpoint(folder, monkeypatch, after):
+def test_row22_a_kill_at_any_call_leaves_a_checkpoint(folder, monkeypatch, after):
     """The process ends at the n-th of the calls that change the disk."""
 
     class Killed(BaseException):
@@ -92,7 +92,7 @@ def test_a_kill_at_any_call_leaves_a_checkpoint(folder, monkeypatch, after):
     assert load_checkpoint(folder)[0]["step"] == 4
 
 
-def test_a_full_disk_leaves_the_good_one(folder, monkeypatch):
+def test_row24_a_full_disk_leaves_the_good_one(folder, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
@@ -104,7 +104,7 @@ def test_a_full_disk_leaves_the_good_one(folder, monkeypatch):
     assert not list(folder.glob(".*.tmp"))
 
 
-def test_a_disk_that_is_really_full(tmp_path):
+def test_row24_a_disk_that_is_really_full(tmp_path):
     """A child may write 100 kB a file: the save fails half-way, with the path in its error."""
     code = """
 import resource, signal, sys, torch
@@ -132,7 +132,7 @@ class Evil:
         return os.system, ("touch canary",)
 
 
-def test_a_malicious_checkpoint_is_not_run(tmp_path, monkeypatch):
+def test_row27_a_malicious_checkpoint_is_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"step": 1, "evil": Evil()}, tmp_path / "last.pt")
     with pytest.raises(InputError, match="does not load"):
@@ -161,7 +161,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
         load_weights(tmp_path / "a.safetensors")
 
 
-def test_keys_that_do_not_fit_are_listed(tmp_path):
+def test_row26_keys_that_do_not_fit_are_listed(tmp_path):
     module = torch.nn.Linear(3, 2)
     wrong = {"weight": torch.zeros(5, 3), "other": torch.zeros(1)}
     with pytest.raises(InputError) as error:

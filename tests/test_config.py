@@ -84,7 +84,7 @@ def test_published_recipes_have_the_batch_and_rate_of_the_paper():
         (["--milestones", "0.5", "1.5"], "above 1"),
     ],
 )
-def test_a_wrong_word_is_refused_in_one_line(capsys, words, said):
+def test_row37_a_wrong_word_is_refused_in_one_line(capsys, words, said):
     assert said in refused(capsys, TrainOptions, *words)
 
 
@@ -111,7 +111,7 @@ def test_the_number_of_options_stays_small():
 
 
 @pytest.mark.parametrize("name", ["pre_process.py", "train.py", "lfw_eval.py"])
-def test_help_and_a_wrong_option_answer_at_once(name):
+def test_row37_help_and_a_wrong_option_answer_at_once(name):
     for words, code in ((["--help"], 0), (["--bogus"], 2)):
         start = time.perf_counter()
         done = subprocess.run(

@@ -279,7 +279,7 @@ def test_out_alone_is_refused(tmp_path, monkeypatch):
         pre_process.main(PreProcessOptions(out=tmp_path / "out"))
 
 
-def test_twins_by_case_are_refused(tmp_path, raw):
+def test_row17_twins_by_case_are_refused(tmp_path, raw):
     shutil.copytree(raw / "eve", tmp_path / "photos/eve")
     shutil.copytree(raw / "eve", tmp_path / "photos/EVE")
     assert "EVE and eve" in refused(tmp_path / "photos", tmp_path / "out")

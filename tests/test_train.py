@@ -111,7 +111,7 @@ def test_a_run_is_a_function_of_its_seed(finished, tmp_path):
 
 
 @pytest.mark.parametrize(("stop_at", "workers"), [(1, 0), (10, 0), (14, 0), (7, 2), (13, 2)])
-def test_a_stopped_run_goes_on_as_if_never_stopped(
+def test_row21_a_stopped_run_goes_on_as_if_never_stopped(
     finished, tmp_path, monkeypatch, stop_at, workers
 ):
     options, run = finished
@@ -170,7 +170,7 @@ def test_two_trainings_of_one_name_the_second_is_refused(options):
         train.main(options)
 
 
-def test_a_lost_checkpoint_never_starts_the_run_over(options, monkeypatch):
+def test_row25_a_lost_checkpoint_never_starts_the_run_over(options, monkeypatch):
     monkeypatch.setattr(checkpoint, "write_json", skip_result(checkpoint.write_json))
     train.main(options)
     run = options.runs / "r"
@@ -205,7 +205,7 @@ def test_resume_of_nothing_is_refused(options):
         train.main(dataclasses.replace(options, resume=True))
 
 
-def test_a_damaged_last_checkpoint_is_passed_over(options, monkeypatch, capsys):
+def test_row25_a_damaged_last_checkpoint_is_passed_over(options, monkeypatch, capsys):
     monkeypatch.setattr(checkpoint, "write_json", skip_result(checkpoint.write_json))
     train.main(options)  # ends without result.json, as if killed just before
     run = options.runs / "r"
@@ -223,7 +223,7 @@ def skip_result(real):
     return lambda path, value: None if path.name == "result.json" else real(path, value)
 
 
-def test_other_identities_are_refused_at_resume(options, monkeypatch, tmp_path):
+def test_row17_other_identities_are_refused_at_resume(options, monkeypatch, tmp_path):
     folder = make_prepared(tmp_path / "set", 30, 4)
     options = dataclasses.replace(options, data=folder)
     with monkeypatch.context() as patch:
@@ -297,7 +297,7 @@ def test_validation_on_given_pairs(options, prepared, tmp_path):
     assert json.loads((options.runs / "r/config.json").read_text())["identities"] == 30
 
 
-def test_no_update_is_made_with_a_loss_that_is_not_finite(options, monkeypatch):
+def test_row28_no_update_is_made_with_a_loss_that_is_not_finite(options, monkeypatch):
     real, calls = F.cross_entropy, []
 
     def nan_at_the_fifth(*arguments, **words):
@@ -362,7 +362,7 @@ def test_the_heads_of_the_options(options):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_the_step_and_saves(prepared, tmp_path, number, code):
+def test_row23_a_signal_ends_the_step_and_saves(prepared, tmp_path, number, code):
     words = [f"--{key.replace('_', '-')}={value}" for key, value in TINY.items()]
     command = [sys.executable, str(config.ROOT / "train.py"), "--data", str(prepared), *words]
     command += ["--runs", str(tmp_path), "--name", "r", "--epochs", "500", "--workers", "1"]
@@ -380,7 +380,7 @@ def test_a_signal_ends_the_step_and_saves(prepared, tmp_path, number, code):
 
 
 @pytest.mark.slow
-def test_thirty_kills_leave_no_unreadable_checkpoint(prepared, tmp_path):
+def test_row22_thirty_kills_leave_no_unreadable_checkpoint(prepared, tmp_path):
     """SIGKILL a real run that saves at every step, again and again; each time it goes on."""
     words = [f"--{key.replace('_', '-')}={value}" for key, value in TINY.items()]
     command = [sys.executable, str(config.ROOT / "train.py"), "--data", str(prepared), *words]
