@@ -351,9 +351,10 @@ def batches(loader: DataLoader) -> Iterator[Batch]:
             batch = next(iterator)
         except StopIteration:
             return
-        except RuntimeError as error:  # torch has no kind of its own for a worker that is gone
-            said = str(error).splitlines()[0]
-            if "DataLoader" not in said:
+        except (RuntimeError, EOFError, ConnectionError) as error:
+            # torch has no kind of its own for a worker that is gone, maybe in mid-batch.
+            said = str(error).splitlines()[0] if str(error) else "its DataLoader pipe ended"
+            if isinstance(error, RuntimeError) and "DataLoader" not in said:
                 raise
             raise InputError(
                 f"{said}: a loader process was killed or hangs (the disk, the memory, or a full "

@@ -177,3 +177,76 @@ def test_json_is_the_same_bytes_for_the_same_value(tmp_path):
     checkpoint.write_json(tmp_path / "a.json", {"a": [1.5, None, "é"], "b": 1})
     assert (tmp_path / "a.json").read_bytes() == first
     assert json.loads(first) == {"a": [1.5, None, "é"], "b": 1}
+
+
+def save_in_parts(folder, step: int, ranks: int = 2) -> None:
+    parts = {}
+    for rank in range(ranks):
+        content = {"start": rank * 3, "weight": torch.full((3, 2), float(step + rank))}
+        name, digest = checkpoint.save_part(folder, step, rank, ranks, content)
+        parts[name] = digest
+    save_checkpoint(folder, {"step": step, "parts": parts})
+
+
+def test_parts_of_the_two_newest_are_kept(tmp_path):
+    for step in (1, 2, 3):
+        save_in_parts(tmp_path, step)
+    (tmp_path / ".head-4-0-of-2.pt.tmp").write_bytes(b"half")
+    save_in_parts(tmp_path, 4)
+    names = {path.name for path in tmp_path.glob("*head-*")}
+    assert names == {f"head-{step}-{rank}-of-2.pt" for step in (3, 4) for rank in (0, 1)}
+    part = checkpoint.load_part(tmp_path, "head-4-1-of-2.pt")
+    assert part["start"] == 3 and torch.equal(part["weight"], torch.full((3, 2), 5.0))
+
+
+@pytest.mark.parametrize("how", ["flipped", "lost"])
+def test_row25_a_damaged_part_makes_the_one_before_count(tmp_path, how):
+    for step in (1, 2):
+        save_in_parts(tmp_path, step)
+    part = tmp_path / "head-2-1-of-2.pt"
+    if how == "lost":
+        part.unlink()
+    else:
+        damage(part, "flipped")
+    saved, warnings = load_checkpoint(tmp_path)
+    assert saved["step"] == 1 and "head-2-1-of-2.pt is lost or damaged" in warnings[0]
+    save_in_parts(tmp_path, 3)
+    assert load_checkpoint(tmp_path)[0]["step"] == 3
+
+
+def test_row22_parts_without_their_checkpoint_do_not_count(tmp_path):
+    """Killed after the parts and before last.pt: the old ones are the newest."""
+    for step in (1, 2):
+        save_in_parts(tmp_path, step)
+    checkpoint.save_part(tmp_path, 3, 0, 2, {"start": 0, "weight": torch.zeros(3, 2)})
+    saved, warnings = load_checkpoint(tmp_path)
+    assert saved["step"] == 2 and warnings == []
+
+
+def test_equal_weights_give_equal_bytes(tmp_path):
+    metadata = {f"key{number}": str(number) for number in range(20)}
+    for name in ("a.safetensors", "b.safetensors"):
+        save_weights(tmp_path / name, {"w": torch.arange(7.0)}, metadata)
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    tensors, found = load_weights(tmp_path / "a.safetensors")
+    assert found == metadata and torch.equal(tensors["w"], torch.arange(7.0))
+
+
+def test_a_lock_that_orphans_hold_is_waited_for(tmp_path):
+    """The loader processes of a killed run have its lock file open for some seconds more."""
+    code = """
+import os, sys, time
+from pathlib import Path
+import checkpoint
+with checkpoint.lock(Path(sys.argv[1])):
+    if os.fork() == 0:
+        time.sleep(1.5)
+        os._exit(0)
+    print("locked", flush=True)
+    os._exit(0)
+"""
+    child = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(child, stdout=subprocess.PIPE, text=True, cwd=checkpoint.__file__[:-13])
+    assert "locked" in done.stdout
+    with checkpoint.lock(tmp_path):
+        assert (tmp_path / ".lock").read_text() == str(os.getpid())

@@ -1,6 +1,7 @@
 """Options, recipes, a wrong command line. Run: python -m pytest tests/test_config.py"""
 
 import dataclasses
+import json
 import subprocess
 import sys
 import time
@@ -146,3 +147,37 @@ def test_run_names_a_full_disk_but_does_not_hide_a_defect(capsys):
 
     with pytest.raises(KeyError):
         config.run(defect, None)
+
+
+def test_resume_takes_the_options_of_the_run(tmp_path, capsys):
+    started = parse(
+        TrainOptions,
+        "",
+        [
+            "--data",
+            "x",
+            "--lr",
+            "0.3",
+            "--milestones",
+            "0.2",
+            "--no-channels-last",
+            "--epochs",
+            "7",
+        ],
+    )
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r/config.json").write_text(json.dumps({"options": config.plain(started)}))
+    words = ["--resume", "--runs", str(tmp_path), "--name", "r"]
+    options = parse(TrainOptions, "", words)
+    assert (options.lr, options.milestones, options.channels_last) == (0.3, (0.2,), False)
+    assert options.epochs == 7 and options.data == Path("x").resolve()
+    assert options.resume and options.runs == tmp_path and options.recipe is None
+    assert parse(TrainOptions, "", [*words, "--lr", "0.5"]).lr == 0.5  # train.py refuses it then
+    (tmp_path / "r/config.json").write_text("{")
+    assert "config.json is damaged" in refused(capsys, TrainOptions, *words)
+
+
+def test_second_names_for_what_torchrun_takes_for_its_own():
+    assert parse(TrainOptions, "", ["--scale", "48", "--m2", "0.4"]) == parse(
+        TrainOptions, "", ["--s", "48", "--m", "0.4"]
+    )

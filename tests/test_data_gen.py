@@ -1,6 +1,11 @@
 """The face set, its order, augmentation and loader. Run: python -m pytest tests/test_data_gen.py"""
 
+import itertools
+import multiprocessing
+import os
 import shutil
+import signal
+import time
 
 import numpy as np
 import pytest
@@ -177,3 +182,51 @@ def test_strong_changes_a_lot_but_not_beyond_a_face(crop):
     # The middle of the face stays within the shift, turn and scale that are allowed.
     means = np.array([[r[40:72, 40:72].mean() for r in results]])
     assert np.abs(means - crop[40:72, 40:72].mean()).max() < 80
+
+
+def test_row32_a_killed_loader_process_is_told(prepared):
+    faces = load_faces(prepared)
+    sampler = RunSampler(len(faces), 8, 400, 0)
+    found = batches(make_loader(faces, sampler, "none", workers=1, timeout=20, pin=False))
+    next(found)
+    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+    with pytest.raises(InputError, match=r"loader process was killed.*/dev/shm.*--workers 0"):
+        for _ in found:
+            pass
+
+
+def test_row32_a_loader_process_that_hangs_is_told_in_time(prepared, monkeypatch):
+    real = data_gen.read_crop
+
+    def hang(path):
+        if "id007" in str(path):
+            time.sleep(1000)
+        return real(path)
+
+    monkeypatch.setattr(data_gen, "read_crop", hang)
+    faces = load_faces(prepared)
+    sampler = RunSampler(len(faces), 8, 400, 0)
+    start = time.monotonic()
+    with pytest.raises(InputError, match=r"timed out after 2 seconds.*hangs.*--resume goes on"):
+        list(batches(make_loader(faces, sampler, "none", workers=1, timeout=2, pin=False)))
+    assert time.monotonic() - start < 30
+
+
+def test_row30_an_empty_set_is_refused_and_a_short_last_batch_left_out(tmp_path):
+    with pytest.raises(InputError, match="is not there"):
+        load_faces(tmp_path)
+    (tmp_path / "manifest.csv").write_text(manifest.csv_line(list(manifest.COLUMNS)))
+    with pytest.raises(InputError, match="has 0 identities"):
+        load_faces(tmp_path)
+    steps = list(RunSampler(17, 8, 2, 0))
+    assert len(steps) == 4 and all(len(step) == 8 for step in steps)  # 17 = 2 * 8 + 1
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_row34_ranks_share_every_batch(ranks):
+    whole = list(RunSampler(45, 8, 2, seed=3, start=3))
+    shares = [list(RunSampler(45, 8, 2, 3, 3, rank, ranks)) for rank in range(ranks)]
+    assert len({len(share) for share in shares}) == 1  # as many steps on each
+    for step, batch in enumerate(whole):
+        parts = [share[step] for share in shares]
+        assert list(itertools.chain(*parts)) == batch and len({len(part) for part in parts}) == 1

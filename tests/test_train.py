@@ -404,3 +404,45 @@ def test_row22_thirty_kills_leave_no_unreadable_checkpoint(prepared, tmp_path):
         assert warnings == [] and saved["step"] >= reached
         reached = saved["step"]
     assert reached >= 30
+
+
+@pytest.mark.slow
+def test_row21_three_kills_and_the_same_weights(prepared, tmp_path):
+    """SIGKILL in mid-epoch, three times; bit-equal to a run that was never stopped, twice."""
+    words = [
+        f"--{key.replace('_', '-')}={value}" for key, value in TINY.items() if key != "workers"
+    ]
+    command = [sys.executable, str(config.ROOT / "train.py"), "--data", str(prepared), *words]
+    command += ["--runs", str(tmp_path), "--epochs", "40", "--save-every", "7", "--log-every", "2"]
+    rng = np.random.default_rng(1)
+    subprocess.run([*command, "--name", "straight", "--workers", "0"], check=True)
+    wanted = hashes(tmp_path / "straight")
+    for workers in ("0", "2"):
+        name = f"killed{workers}"
+        for kill in range(4):
+            resume = ["--resume"] if kill else []
+            process = subprocess.Popen(
+                [*command, "--name", name, "--workers", workers, *resume],
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            )  # fmt: skip
+            if kill == 3:
+                out, err = process.communicate(timeout=300)
+                assert process.returncode == 0, err
+                break
+            stop_after = rng.integers(8, 40)
+            for line in process.stdout:
+                stop_after -= line.startswith("step ")
+                if stop_after == 0:
+                    break
+            process.kill()
+            process.wait()
+        assert "going on from step" in out
+        assert hashes(tmp_path / name) == wanted
+        assert same(weights(tmp_path / name), weights(tmp_path / "straight"))
+        steps = [event.step for event in scalars(tmp_path / name, "train/loss")]
+        assert steps == list(range(2, 401, 2))
+
+
+def hashes(run: Path) -> tuple[str, str]:
+    """Of the best weights, and of the result."""
+    return checkpoint.sha256(run / "best.safetensors"), (run / "result.json").read_text()
