@@ -84,7 +84,8 @@ class PreProcessOptions:
 class TrainOptions:
     data: Path | None = option(
         None,
-        "a prepared folder (default: data/faces if data/raw is there, else data/synthetic/train)",
+        "a prepared folder, or a folder with train.rec and train.idx as InsightFace distributes "
+        "them (default: data/faces if data/raw is there, else data/synthetic/train)",
     )
     recipe: str | None = option(
         None, "a named set of the options below; what you name yourself wins"
@@ -95,6 +96,9 @@ class TrainOptions:
     runs: Path = option(RUNS, "where runs are kept")
     resume: bool = option(False, "go on with the run of this name where it stopped")
     min_images: int = option(1, "leave out identities with fewer photos", low=1)
+    skip_bad: bool = option(
+        False, "leave out damaged records of a train.rec and list them, instead of refusing the set"
+    )
 
     network: str = option("se-r18", "backbone", choices=NETWORKS, group="model")
     width: float = option(1.0, "multiplies the channels; 1.0 is the published net", above=0, high=4)

@@ -2,7 +2,7 @@
 
     records = RecordFile(Path("ms1m/train.rec"))        # train.idx lies beside it
     numbers = records.images()                          # int32 (N,): which records are photos
-    labels = records.labels(numbers)                    # int32 (N,)
+    labels, faults = records.scan(numbers)              # int32 (N,), and what is damaged
     image = records.read(numbers[0]).payload            # an encoded JPEG
     images, same = read_bin(Path("ms1m/lfw.bin"))       # 2P encoded images, bool (P,)
 
@@ -130,19 +130,6 @@ class RecordFile:
             )
         return np.arange(1, int(first), dtype=np.int32)
 
-    def labels(self, numbers: np.ndarray) -> np.ndarray:
-        """int32 (N,) classes of the photos `numbers`, from the identity records where these agree.
-
-        Else from each photo's header, which takes a pass over the file: see `scan`.
-        Raises BadRecord for the first that is damaged.
-        """
-        labels = self._labels_of_ranges(len(numbers))
-        if labels is None:
-            labels, faults = self.scan(numbers)
-            if faults:
-                raise BadRecord(next(iter(faults.values())))
-        return labels
-
     def scan(self, numbers: np.ndarray) -> tuple[np.ndarray, dict[int, str]]:
         """Look at the header of each record -> int32 (N,) classes, and what is wrong by number.
 
@@ -185,11 +172,11 @@ class RecordFile:
         good &= (label >= 0) & (label < _EXACT) & (label == np.floor(label))
         return np.where(good, label, -1).astype(np.int32), good
 
-    def _labels_of_ranges(self, photos: int) -> np.ndarray | None:
-        """Classes by the identity records; None where there are none, or both ends disagree.
+    def labels_by_range(self, photos: int) -> np.ndarray | None:
+        """int32 (N,) classes of photos 1 to N by the identity records, in a moment.
 
-        The ends of each range are read too: the class is the photos' own, and above 16,777,216
-        photos the ranges' float32 are rounded.
+        None where there are none, or where the photos at the ends of a range say otherwise: above
+        16,777,216 photos the ranges' float32 are rounded. Then `scan` gives them.
         """
         if photos in (0, len(self), len(self) - 1):
             return None

@@ -29,6 +29,7 @@ import math
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -75,17 +76,22 @@ def main(options: TrainOptions) -> int:
         return 0
 
     # ---- data
-    faces = data_gen.load_faces(options.data, options.min_images)
+    faces = data_gen.load_faces(options.data, options.min_images, options.skip_bad)
     print(
         f"{len(faces):,} photos of {len(faces.identities):,} identities in {options.data}"
         + (f" ({faces.left_out:,} others have no face, or too few)" if faces.left_out else "")
     )
+    if faces.damaged:
+        print(f"WARNING: {len(faces.damaged):,} damaged records are left out: {faces.damaged[0]}")
     faces, validation = make_validation(faces, options)
     check_size(faces, options)
     print(f"validation: {validation.what}" if validation else "no validation")
 
     run.mkdir(parents=True, exist_ok=True)
     with checkpoint.lock(run), Stop() as stop:
+        if faces.damaged:
+            lines = "".join(f"{line}\n" for line in faces.damaged)
+            checkpoint.write_atomic(run / "skipped.txt", lines.encode())
         return train(run, options, faces, validation, device, amp, stop)
 
 
@@ -217,7 +223,8 @@ def with_defaults(options: TrainOptions) -> TrainOptions:
     data, resume = options.data, options.resume
     if data is None and config.RAW.exists():
         data = config.DATA / "faces"
-    name = options.name or options.recipe or (data.name if data else "demo")
+    folder = data.parent if data and data.suffix == ".rec" else data
+    name = options.name or options.recipe or (folder.name if folder else "demo")
     if data is None:
         print("No --data and no data/raw: using the embedded synthetic faces (data/synthetic).")
         data = config.SYNTHETIC / "train"
@@ -340,16 +347,23 @@ class Validation:
     """Crops and pairs that are scored after each epoch."""
 
     def __init__(
-        self, paths: list[Path], pairs: np.ndarray, same: np.ndarray, fold: np.ndarray, what: str
+        self,
+        photos: int,
+        read: Callable[[int], np.ndarray],
+        pairs: np.ndarray,
+        same: np.ndarray,
+        fold: np.ndarray,
+        what: str,
     ):
-        self.paths, self.pairs, self.same, self.fold, self.what = paths, pairs, same, fold, what
+        self.photos, self.read = photos, read  # index -> uint8 (112, 112, 3)
+        self.pairs, self.same, self.fold, self.what = pairs, same, fold, what
 
     def accuracy(self, backbone: nn.Module, device: torch.device, size: int = 64) -> float:
         """Share of pairs told right, the threshold chosen on the other folds."""
         backbone.eval()
         embeddings = []
-        for start in range(0, len(self.paths), size):
-            crops = [data_gen.read_crop(path) for path in self.paths[start : start + size]]
+        for start in range(0, self.photos, size):
+            crops = [self.read(index) for index in range(start, min(start + size, self.photos))]
             embeddings.append(utils.embed(backbone, np.stack(crops)))
         backbone.train()
         table = np.concatenate(embeddings)  # (P, E)
@@ -372,9 +386,12 @@ def make_validation(
             )
         photos, left, right = data_gen.find_photos(pairs, options.val_data)
         what = f"{len(pairs):,} pairs of {options.val_pairs}"
-        paths = [photo.crop for photo in photos]
         both = np.stack([left, right], axis=1)  # (P, 2)
-        return faces, Validation(paths, both, pairs.same, pairs.fold, what)
+
+        def read(index: int) -> np.ndarray:
+            return data_gen.read_crop(photos[index].crop)
+
+        return faces, Validation(len(photos), read, both, pairs.same, pairs.fold, what)
     rest, held_out = data_gen.hold_out(faces, options.val_identities, options.seed)
     if held_out is None:
         return faces, None
@@ -386,8 +403,7 @@ def make_validation(
         f"{len(pairs):,} pairs of {len(held_out):,} photos of "
         f"{len(held_out.identities)} held-out identities"
     )
-    paths = [held_out.path(index) for index in range(len(held_out))]
-    return rest, Validation(paths, pairs, same, fold, what)
+    return rest, Validation(len(held_out), held_out.read, pairs, same, fold, what)
 
 
 def face_grid(crops: torch.Tensor) -> torch.Tensor:
@@ -470,7 +486,7 @@ def check_finite(
     """
     if math.isfinite(norm) or (scaler.is_enabled() and math.isfinite(loss)):
         return
-    photos = ", ".join(faces.images[index] for index in batch.indices[:4].tolist())
+    photos = ", ".join(faces.name(index) for index in batch.indices[:4].tolist())
     raise InputError(
         f"loss {loss.item():g} and gradient norm {norm.item():g} at step {step}, learning rate "
         f"{rate:g}, photos {photos}, ...: the update was "

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from images import UnreadableImage, jpeg_bytes, read_image, write_jpeg
+from images import UnreadableImage, decode_image, jpeg_bytes, read_image, write_jpeg
 
 
 @pytest.fixture
@@ -51,6 +51,21 @@ def test_unusable_files_are_named(tmp_path, picture):
     assert reason(tmp_path / "tail.jpg") == "truncated"
     assert reason(tmp_path / "page.jpg") == "not an image"
     assert reason(tmp_path / "header.jpg")
+
+
+def test_an_image_in_memory_is_read_as_a_file_is(tmp_path, picture):
+    data = jpeg_bytes(picture)
+    (tmp_path / "a.jpg").write_bytes(data)
+    assert np.array_equal(decode_image(data), read_image(tmp_path / "a.jpg"))
+    for bad, said in (
+        (b"", "empty file"),
+        (data[:-50], "truncated"),
+        (b"<html>404</html>", "not an image"),
+        (data, "too many pixels"),
+    ):
+        with pytest.raises(UnreadableImage, match=said):
+            decode_image(bad, max_pixels=3000 if bad is data else 3072)
+    assert decode_image(data, max_pixels=3072).shape == picture.shape
 
 
 def test_what_is_no_file_is_named(tmp_path):

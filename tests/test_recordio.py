@@ -42,8 +42,15 @@ def make_set(counts=(2, 1, 3), label=float) -> list:
     return [(header, b""), *photos, *[(pair, b"") for pair in ranges]]
 
 
-def faces(record_file: RecordFile) -> list[int]:
-    return record_file.labels(record_file.images()).tolist()
+def faces(records: RecordFile) -> list[int]:
+    """Classes of all photos, told twice where there are ranges."""
+    numbers = records.images()
+    labels, faults = records.scan(numbers)
+    if faults:
+        raise BadRecord(next(iter(faults.values())))
+    by_range = records.labels_by_range(len(numbers))
+    assert by_range is None or by_range.tolist() == labels.tolist()
+    return labels.tolist()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -56,7 +63,7 @@ def test_the_fixture_reads_as_expected(fixture):
     numbers = records.images()
     assert len(numbers) == expected["num_images"] == len(expected["images"])
     labels, faults = records.scan(numbers)
-    assert not faults and records.labels(numbers).tolist() == labels.tolist()
+    assert not faults and records.labels_by_range(len(numbers)).tolist() == labels.tolist()
     assert len(set(labels.tolist())) == expected["num_ids"]
     for number, label in zip(numbers.tolist(), labels.tolist(), strict=True):
         image, known = records.read(number).payload, expected["images"][str(number)]
@@ -113,13 +120,16 @@ def test_any_payload_comes_back(tmp_path, payload):
 
 def test_labels_come_from_the_ranges_or_from_the_photos(tmp_path, monkeypatch):
     whole = make_set()
-    assert faces(write(tmp_path / "ranges", whole)) == [0, 0, 1, 2, 2, 2]
+    ranges = write(tmp_path / "ranges", whole)
+    assert faces(ranges) == ranges.labels_by_range(6).tolist() == [0, 0, 1, 2, 2, 2]
     wrong = [*whole[:7], ((1.0, 4.0), b""), ((4.0, 4.0), b""), ((4.0, 7.0), b"")]
     shifted = [*whole[:7], ((1.0, 2.0), b""), ((2.0, 4.0), b""), ((4.0, 7.0), b"")]
     pairs = make_set(label=lambda name: (float(name), 0.0))
     for name, content in (("wrong", wrong), ("shifted", shifted), ("bare", whole[1:7]),
                           ("pairs", pairs)):  # fmt: skip
-        assert faces(write(tmp_path / name, content)) == [0, 0, 1, 2, 2, 2], name
+        records = write(tmp_path / name, content)
+        assert faces(records) == [0, 0, 1, 2, 2, 2], name
+        assert (records.labels_by_range(6) is None) == (name != "pairs")
     monkeypatch.setattr(recordio, "_BLOCK", 100)  # several blocks, of one to three records
     records = RecordFile(tmp_path / "bare/train.rec")
     assert records.scan(records.images())[0].tolist() == [0, 0, 1, 2, 2, 2]
@@ -153,6 +163,9 @@ def test_more_photos_than_float32_counts(tmp_path, monkeypatch):
     monkeypatch.setattr(recordio, "_EXACT", 4)
     records = write(tmp_path, [((6.0, 12.0), b""), *make_set()[1:]])  # rounded: 7 and 10 are true
     assert records.images().tolist() == [1, 2, 3, 4, 5, 6] and faces(records) == [0, 0, 1, 2, 2, 2]
+    rounded = [((1.0, 3.0), b""), ((3.0, 5.0), b""), ((5.0, 7.0), b"")]  # 3 to 4, 4 to 7 are true
+    records = write(tmp_path, [((6.0, 12.0), b""), *make_set()[1:7], *rounded])
+    assert records.labels_by_range(6) is None and faces(records) == [0, 0, 1, 2, 2, 2]
 
 
 def _read_in_child(records: RecordFile, number: int, opened, queue) -> None:
@@ -200,7 +213,6 @@ def patch(folder, offset: int, data: bytes) -> None:
 def refused(folder) -> str:
     with pytest.raises(InputError) as error:
         records = RecordFile(folder / "train.rec")
-        records.scan(records.images())
         faces(records)
         [records.read(number) for number in range(len(records))]
     assert "\n" not in str(error.value)
