@@ -27,6 +27,7 @@ ENCODING = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
 ALIGNED = "aligned"
 UNDETECTED = "undetected"  # no face was found; cropped by the set's median landmarks
 REJECTED = "rejected"
+EXCLUDED = "excluded"  # its identity is in the list of --exclude-names
 
 
 @dataclass(frozen=True)
