@@ -60,6 +60,24 @@ class PreProcessOptions:
         "crop a photo without a face by the set's median landmarks and mark it, instead of "
         "rejecting it; for test sets, so that no pair is lost",
     )
+    download: str | None = option(
+        None,
+        "fetch a published set and prepare it: lfw (the funneled photos and the lists of pairs)",
+        choices=("lfw",),
+    )
+    exclude_names: Path | None = option(
+        None,
+        "leave out identities whose names are in this list (LFW's people.txt, or a name a line), "
+        "however they are spelt",
+        group="the set",
+    )
+    pack: bool = option(
+        False, "also write the aligned crops as train.rec, train.idx and property (RecordIO)"
+    )
+    report: bool = option(False, "also write report.html: what the set is like")
+    test_names: Path | None = option(
+        None, "show in the report which identities are in this list, such as LFW's people.txt"
+    )
     min_face_size: int = option(
         20, "smallest face looked for, in pixels", low=12, group="detection"
     )

@@ -3,6 +3,8 @@
     python pre_process.py                                        # data/raw, else synthetic faces
     python pre_process.py --src photos/ --out data/faces         # a folder, .zip, .tar or .tgz
     python pre_process.py --src lfw.tgz --out data/lfw --keep-undetected    # a test set
+    python pre_process.py --download lfw                         # the same, fetched: data/lfw
+    python pre_process.py --out data/faces --pack --report       # of a set that is prepared
 
 MTCNN finds the faces, the central one is taken, and five landmarks turn it upright by a similarity
 transform. Written into --out:
@@ -10,6 +12,9 @@ transform. Written into --out:
     manifest.csv          one row a photo: status, box, landmarks, score; why it was rejected
     pre_process.json      source and settings
     source/               what an archive held (for a folder, the photos stay where they are)
+    removed/              crops whose photos are gone
+    train.rec, train.idx, property     with --pack: the same crops in one file, for train.py
+    report.html           with --report: what the set is like
 It may be stopped at any moment: run again, it goes on, and the result is the same.
 """
 
@@ -42,13 +47,19 @@ import torch
 
 import align_faces
 import archives
+import download
 import manifest
+import overlap
+import packing
+import recordio
+import set_report
 import synthetic_faces
 from checkpoint import lock, write_atomic, write_json
 from config import InputError, PreProcessOptions
 from detect_faces import FaceDetector, Faces, central_face
 from images import SUFFIXES, UnreadableImage, read_image, write_jpeg
-from manifest import ALIGNED, REJECTED, UNDETECTED, Row
+from manifest import ALIGNED, EXCLUDED, REJECTED, UNDETECTED, Row
+from orphans import ASIDE, move_orphans
 from utils import Progress, pick_device
 
 SETTINGS = "pre_process.json"
@@ -68,6 +79,14 @@ class Photo(NamedTuple):
 
 def main(options: PreProcessOptions) -> None:
     torch.set_num_threads(1)  # the work is spread over processes
+    check_lists(options)
+    if options.download:
+        options = fetch_lfw(options)
+    if options.out is not None and is_only_derived(options):
+        with lock(options.out):
+            rows = manifest.read_manifest(options.out)
+            derive(rows, find_root(options.out), options.out, options)
+        return
     if options.src is None and not config.RAW.exists():
         if options.out is not None:
             raise InputError(f"--out {options.out} needs --src, since there is no data/raw")
@@ -94,17 +113,21 @@ def prepare(src: Path, out: Path, options: PreProcessOptions) -> None:
         try:
             root = open_source(src, out, options)
             listing = list_photos(root)
+            excluded = exclude(listing.photos, options.exclude_names)
+            retire_crops(listing.photos, excluded, out, options)
             done = read_journal(out, listing.photos)
-            todo = [photo for photo in listing.photos if photo.source not in done]
             if done:
                 print(f"{src}: {len(done):,} of {len(listing.photos):,} photos are done already.")
+            done.update((row.source, row.line()) for row in excluded.values())
+            todo = [photo for photo in listing.photos if photo.source not in done]
             rate = detect_all(todo, root, out, done, options) if todo else None
             rows = finish(done, listing, root, out, options)
         except InputError:
             if not existed:  # leave nothing behind for a source that can't be used
                 forget(out)
             raise
-    summarize(rows, listing, out, rate)
+        summarize(rows, listing, out, rate)
+        derive(rows, root, out, options)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -125,6 +148,50 @@ def check_folders(src: Path, out: Path) -> None:
         raise InputError(f"{out} is a file: name a folder with --out")
 
 
+def check_lists(options: PreProcessOptions) -> None:
+    """Before any work is done: the lists of names can be read, and none is ignored."""
+    for path in (options.exclude_names, options.test_names):
+        if path is not None:
+            overlap.read_names(path)
+    if options.test_names is not None and not options.report:
+        raise InputError("--test-names is shown in the report: add --report")
+
+
+def fetch_lfw(options: PreProcessOptions) -> PreProcessOptions:
+    """LFW's photos and lists of pairs -> the options that prepare them as a test set."""
+    if options.src is not None:
+        raise InputError("--download and --src both name a source: leave one out")
+    out = options.out or config.DATA / "lfw"
+    archive = download.fetch(download.LFW, config.DATA / "downloads")
+    for file in download.LFW_PAIRS:
+        download.fetch(file, out)
+    return replace(options, src=archive, out=out, keep_undetected=True)
+
+
+def is_only_derived(options: PreProcessOptions) -> bool:
+    """Whether only a pack or a report is asked for, of a prepared set: no --src is named."""
+    out = options.out
+    wanted = (options.pack or options.report) and not (options.src or options.exclude_names)
+    if not wanted or not (out / manifest.NAME).exists():
+        return False
+    return not config.RAW.exists() or read_settings(out).get("source") != config.canonical(
+        config.RAW
+    )
+
+
+def read_settings(out: Path) -> dict:
+    path = out / SETTINGS
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def find_root(out: Path) -> Path | None:
+    """The photos that a set was prepared from; None where they are gone."""
+    if (out / "source").is_dir():
+        return archives.strip_wrapper(out / "source")
+    source = config.ROOT / read_settings(out).get("source", "?")
+    return source if source.is_dir() else None
+
+
 def open_source(src: Path, out: Path, options: PreProcessOptions) -> Path:
     """The folder that holds the identities; an archive is unpacked first. Records the settings."""
     settings = {
@@ -135,27 +202,33 @@ def open_source(src: Path, out: Path, options: PreProcessOptions) -> Path:
         "factor": options.factor,
     }
     path = out / SETTINGS
-    known = path.exists()
+    known, old = path.exists(), read_settings(out)
     if known:
-        old = json.loads(path.read_text())
         changed = [key for key in settings if old.get(key) != settings[key]]
         if changed:
             said = ", ".join(f"{key} {old.get(key)}, now {settings[key]}" for key in changed)
             raise InputError(f"{out} was prepared with {said}: name another --out or delete it")
+    if src.is_file():
+        settings["skipped"] = old.get("skipped", {})  # what of the archive was no photo
     write_json(path, settings)  # before unpacking: what is in source/ belongs to it
     root = src
     if src.is_file():
         root = out / "source"
         if not root.exists():
             print(f"Unpacking {src} into {root}", flush=True)
+
+            def keep(skipped: Counter) -> None:
+                settings["skipped"] = dict(skipped)
+                write_json(path, settings)
+
             try:
-                skipped = archives.unpack(src, root)
+                archives.unpack(src, root, keep)
             except BaseException:
                 if not known:  # nothing is here yet: another archive may come
                     path.unlink()
                 raise
-            for kind, count in sorted(skipped.items()):
-                print(f"  {count:,} {kind} in the archive were left")
+        for kind, count in sorted(settings["skipped"].items()):
+            print(f"  {count:,} {kind} in the archive were left")
         root = archives.strip_wrapper(root)
     return root
 
@@ -228,6 +301,25 @@ def name_crops(files: list[str]) -> Iterator[tuple[str, str]]:
     return ((file, named[file]) for file in files)
 
 
+def exclude(photos: list[Photo], names: Path | None) -> dict[str, Row]:
+    """Rows of the photos whose identities are in the list, by source."""
+    if names is None:
+        return {}
+    people = {photo.identity for photo in photos}
+    found = overlap.find_overlap(people, overlap.read_names(names))
+    if len(found) == len(people):
+        raise InputError(f"{names} names every identity of the set: leave out --exclude-names")
+    reasons = {
+        identity: f"named {'' if ratio == 1 else 'much '}like {name} in {names.name}"
+        for identity, (name, ratio) in found.items()
+    }
+    return {
+        photo.source: Row(photo.source, photo.identity, "", EXCLUDED, reasons[photo.identity])
+        for photo in photos
+        if photo.identity in reasons
+    }
+
+
 # --------------------------------------------------------------------------------------------------
 # the journal: what is done, so that a run goes on where it stopped
 
@@ -252,6 +344,25 @@ def read_journal(out: Path, photos: list[Photo]) -> dict[str, str]:
             done[row.source] = row.line()
     write_atomic(out / JOURNAL, "".join(done.values()).encode(errors="surrogateescape"))
     return done
+
+
+def retire_crops(
+    photos: list[Photo], excluded: dict[str, Row], out: Path, options: PreProcessOptions
+) -> None:
+    """Move aside the crops that a run before this one made and that this one's manifest won't name.
+
+    Before the journal is read: a run that is stopped in between finds the same ones again.
+    """
+    kept = {photo.image for photo in photos if photo.source not in excluded}
+    old = manifest.read_rows(out / manifest.NAME) if (out / manifest.NAME).exists() else ()
+    gone = []
+    for cells in itertools.chain(old, journal_rows(out / JOURNAL)):
+        image, status = cells[2], cells[3]
+        if image not in kept or (status == UNDETECTED and not options.keep_undetected):
+            gone.append(image)
+    moved = move_orphans(out, filter(None, gone))
+    if moved:
+        print(f"{moved:,} crops of photos that are gone or left out were moved to {out / ASIDE}")
 
 
 def journal_rows(path: Path) -> Iterator[list[str]]:
@@ -352,22 +463,24 @@ class Worker:
     def process(self, chunk: list[Photo]) -> list[Row]:
         """Read, detect, align and write a chunk of photos -> their rows."""
         rows: list[Row] = []
-        held: list[tuple[Photo, np.ndarray]] = []
+        held: list[tuple[Photo, np.ndarray, str]] = []
         for photo in chunk:
             try:
-                held.append((photo, read_image(self.root / photo.source, self.options.max_pixels)))
+                notes: Counter = Counter()
+                image = read_image(self.root / photo.source, self.options.max_pixels, notes)
+                held.append((photo, image, ", ".join(notes)))
             except UnreadableImage as error:
                 rows.append(Row(photo.source, photo.identity, "", REJECTED, str(error)))
-            if sum(image.shape[0] * image.shape[1] for _, image in held) > BUFFER_PIXELS:
+            if sum(image.shape[0] * image.shape[1] for _, image, _ in held) > BUFFER_PIXELS:
                 rows += self._align(held)
                 held = []
         return rows + self._align(held)
 
-    def _align(self, held: list[tuple[Photo, np.ndarray]]) -> list[Row]:
-        found = self.detector.detect([image for _, image in held])
-        return [self._row(*pair, faces) for pair, faces in zip(held, found, strict=True)]
+    def _align(self, held: list[tuple[Photo, np.ndarray, str]]) -> list[Row]:
+        found = self.detector.detect([image for _, image, _ in held])
+        return [self._row(*one, faces) for one, faces in zip(held, found, strict=True)]
 
-    def _row(self, photo: Photo, image: np.ndarray, faces: Faces) -> Row:
+    def _row(self, photo: Photo, image: np.ndarray, note: str, faces: Faces) -> Row:
         height, width = image.shape[:2]
         row = Row(photo.source, photo.identity, "", REJECTED, NO_FACE, width, height, len(faces))
         if not len(faces):
@@ -385,7 +498,7 @@ class Worker:
         if matrix is None or align_faces.fit_residual(landmarks, matrix) > align_faces.MAX_RESIDUAL:
             return replace(row, reason=NO_SHAPE)
         write_crop(self.out / photo.image, align_faces.warp(image, matrix))
-        return replace(row, image=photo.image, status=ALIGNED, reason="")
+        return replace(row, image=photo.image, status=ALIGNED, reason=note)
 
 
 def write_crop(path: Path, crop: np.ndarray) -> None:
@@ -469,6 +582,9 @@ def summarize(rows: list[Row], listing: Listing, out: Path, rate: float | None) 
     several = sum(row.faces > 1 for row in rows)
     print(f"{out}: {len(rows):,} photos of {listing.identities:,} identities")
     print(f"  aligned     {status[ALIGNED]:9,}   ({several:,} photos have several faces)")
+    notes = Counter(row.reason for row in rows if row.status == ALIGNED and row.reason)
+    for note, count in notes.most_common():
+        print(f"    {count:9,}  of them: {note}")
     if status[UNDETECTED]:
         names = [row.source for row in rows if row.status == UNDETECTED]
         said = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
@@ -476,6 +592,9 @@ def summarize(rows: list[Row], listing: Listing, out: Path, rate: float | None) 
     print(f"  rejected    {status[REJECTED]:9,}")
     for reason, count in reasons.most_common():
         print(f"    {count:9,}  {reason}")
+    if status[EXCLUDED]:
+        people = len({row.identity for row in rows if row.status == EXCLUDED})
+        print(f"  excluded    {status[EXCLUDED]:9,}   photos of {people:,} identities, by name")
     for count, what in (
         (listing.others, "other files were left"),
         (listing.homeless, "photos outside any identity's folder were left"),
@@ -490,6 +609,19 @@ def summarize(rows: list[Row], listing: Listing, out: Path, rate: float | None) 
     if listing.identities == 1:
         print("  WARNING: one identity only; is --src one folder too high?")
     print(f"  {rate:.1f} photos/s" if rate else "  nothing was left to do")
+
+
+def derive(rows: list[Row], root: Path | None, out: Path, options: PreProcessOptions) -> None:
+    """What is made of a prepared set: its RecordIO and its report."""
+    if options.pack:
+        pairs = sorted((row.identity, row.image) for row in rows if row.status == ALIGNED)
+        progress = Progress(len(pairs), "Packing crops")
+        size = packing.pack(out, pairs, progress.update)
+        progress.close()
+        said = f"{size:,} bytes" if size else "packed already"
+        print(f"{out / recordio.REC}: {len(pairs):,} crops, {said}")
+    if options.report:
+        print(set_report.write_report(out, root, rows, options.test_names))
 
 
 def forget(out: Path) -> None:
