@@ -10,9 +10,7 @@ index), so a run that is resumed is the same run, whatever the number of loader 
 
 import hashlib
 import itertools
-import os
 import signal
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,10 +25,10 @@ import manifest
 import packing
 import protocol
 import recordio
-from checkpoint import write_atomic
 from config import InputError
 from images import UnreadableImage, decode_image, read_image
-from recordio import BadRecord, RecordFile
+from record_labels import read_labels
+from recordio import RecordFile
 
 SIDE = 112  # of a crop, in pixels
 
@@ -125,50 +123,13 @@ def _load_records(rec: Path, skip_bad: bool) -> FaceSet:
     """A set as InsightFace distributes it: its identities have numbers instead of names."""
     records = RecordFile(rec)
     numbers = records.images()  # int32 (N,)
-    labels = None if skip_bad else records.labels_by_range(len(numbers))
-    if labels is None:
-        labels = _scanned_labels(records, numbers)
-    bad = numbers[labels < 0]
-    damaged = tuple(_damage(records, number) for number in bad.tolist())
-    if damaged and not skip_bad:
-        raise InputError(f"{damaged[0]}; or leave out such records with --skip-bad ({len(bad):,})")
+    labels, damaged = read_labels(records, numbers, skip_bad)
     numbers, labels = numbers[labels >= 0], labels[labels >= 0]
     classes, labels = np.unique(labels, return_inverse=True)
     names = [f"{label:08d}" for label in classes.tolist()]  # sorted as their numbers are
     return FaceSet(
-        rec.parent, labels.astype(np.int64), names, None, records, numbers, len(bad), damaged
+        rec.parent, labels.astype(np.int64), names, None, records, numbers, len(damaged), damaged
     )
-
-
-def _scanned_labels(records: RecordFile, numbers: np.ndarray) -> np.ndarray:
-    """int32 (N,) labels from all records' headers, -1 where one is damaged; kept for the next run.
-
-    The pass reads the whole file, 100 GB for the largest sets.
-    """
-    cache = records.path.with_suffix(".labels.npz")
-    files = [os.stat(records.path), os.stat(records.path.with_suffix(".idx"))]
-    stamp = np.array([(file.st_size, file.st_mtime_ns) for file in files], dtype=np.int64)
-    try:
-        with np.load(cache, allow_pickle=False) as kept:
-            if np.array_equal(kept["stamp"], stamp) and len(kept["labels"]) == len(numbers):
-                return kept["labels"].astype(np.int32)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        pass  # none yet, or a damaged one
-    print(f"Reading the labels of {len(numbers):,} records, once", flush=True)
-    labels, _ = records.scan(numbers)
-    try:
-        write_atomic(cache, lambda file: np.savez(file, stamp=stamp, labels=labels))
-    except OSError as error:  # a read-only folder: the next run reads them again
-        print(f"The labels are not kept: {cache}: {error.strerror}")
-    return labels
-
-
-def _damage(records: RecordFile, number: int) -> str:
-    try:
-        records.label(number)
-    except BadRecord as error:
-        return str(error)
-    return f"{records.path}: record {number} was damaged when it was first read"
 
 
 def _subset(faces: FaceSet, keep: np.ndarray) -> FaceSet:

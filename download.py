@@ -12,10 +12,12 @@ import os
 import time
 import urllib.error
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from config import InputError
+import config
+from config import InputError, PreProcessOptions
 
 # No address, no answer, an error, a cut; what the disk raises is another matter.
 _NETWORK = (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError)
@@ -88,6 +90,17 @@ def fetch(file: File, folder: Path) -> Path:
         )
     os.replace(part, path)
     return path
+
+
+def fetch_lfw(options: PreProcessOptions) -> PreProcessOptions:
+    """LFW's photos and lists of pairs -> the options that prepare them as a test set."""
+    if options.src is not None:
+        raise InputError("--download and --src both name a source: leave one out")
+    out = options.out or config.DATA / "lfw"
+    archive = fetch(LFW, config.DATA / "downloads")
+    for file in LFW_PAIRS:
+        fetch(file, out)
+    return replace(options, src=archive, out=out, keep_undetected=True)
 
 
 def _receive(file: File, part: Path) -> None:

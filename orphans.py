@@ -7,6 +7,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
+from manifest import UNDETECTED
+
 CROPS, ASIDE = "images", "removed"
 
 
@@ -24,6 +26,23 @@ def move_orphans(out: Path, images: Iterable[str]) -> int:
         moved += 1
         _remove_empty(source.parent, out / CROPS)
     return moved
+
+
+def retire_crops(
+    out: Path, cells: Iterable[list[str]], kept: set[str], keep_undetected: bool
+) -> None:
+    """Move aside what manifest rows (as `cells`) of a run before this one name and it won't.
+
+    Before the journal is read: a run that is stopped in between finds the same ones again.
+    """
+    gone = [
+        image
+        for _, _, image, status, *_ in cells
+        if image and (image not in kept or (status == UNDETECTED and not keep_undetected))
+    ]
+    moved = move_orphans(out, gone)
+    if moved:
+        print(f"{moved:,} crops of photos that are gone or left out were moved to {out / ASIDE}")
 
 
 def _remove_empty(folder: Path, top: Path) -> None:

@@ -16,6 +16,7 @@ from difflib import SequenceMatcher
 from pathlib import Path
 
 from config import InputError
+from manifest import EXCLUDED, Row
 
 ALIKE = 0.9  # "Anne Lee" and "Ann Lee": 0.93; "Jean Marie Le Pen" without "Le": 0.9
 _SHARED = 0.45  # of the trigrams: below it no ratio reaches 0.9 in names of 6 letters and more
@@ -71,6 +72,29 @@ def find_overlap(identities: Iterable[str], names: Iterable[str]) -> dict[str, t
             if best[0] >= ALIKE:
                 found[identity] = known[best[1]], best[0]
     return found
+
+
+def excluded_rows(photos: Iterable, names: Path | None) -> dict[str, Row]:
+    """Manifest rows of the photos whose identities the list names, by source.
+
+    Raises InputError: it names all of them.
+    """
+    if names is None:
+        return {}
+    photos = list(photos)
+    people = {photo.identity for photo in photos}
+    found = find_overlap(people, read_names(names))
+    if len(found) == len(people):
+        raise InputError(f"{names} names every identity of the set: leave out --exclude-names")
+    reasons = {
+        identity: f"named {'' if ratio == 1 else 'much '}like {name} in {names.name}"
+        for identity, (name, ratio) in found.items()
+    }
+    return {
+        photo.source: Row(photo.source, photo.identity, "", EXCLUDED, reasons[photo.identity])
+        for photo in photos
+        if photo.identity in reasons
+    }
 
 
 def _alike(

@@ -27,7 +27,6 @@ if __name__ == "__main__":
 import csv
 import io
 import itertools
-import json
 import multiprocessing
 import os
 import shutil
@@ -47,22 +46,19 @@ import torch
 
 import align_faces
 import archives
+import derived
 import download
 import manifest
 import overlap
-import packing
-import recordio
-import set_report
 import synthetic_faces
 from checkpoint import lock, write_atomic, write_json
 from config import InputError, PreProcessOptions
 from detect_faces import FaceDetector, Faces, central_face
 from images import SUFFIXES, UnreadableImage, read_image, write_jpeg
 from manifest import ALIGNED, EXCLUDED, REJECTED, UNDETECTED, Row
-from orphans import ASIDE, move_orphans
+from orphans import retire_crops
 from utils import Progress, pick_device
 
-SETTINGS = "pre_process.json"
 JOURNAL = "manifest.part.csv"  # rows as they are done; gone once manifest.csv holds them
 NO_FACE = "no face"
 NO_SHAPE = "landmarks are no face"
@@ -79,13 +75,10 @@ class Photo(NamedTuple):
 
 def main(options: PreProcessOptions) -> None:
     torch.set_num_threads(1)  # the work is spread over processes
-    check_lists(options)
+    derived.check_lists(options)
     if options.download:
-        options = fetch_lfw(options)
-    if options.out is not None and is_only_derived(options):
-        with lock(options.out):
-            rows = manifest.read_manifest(options.out)
-            derive(rows, find_root(options.out), options.out, options)
+        options = download.fetch_lfw(options)
+    if derived.derive_only(options):
         return
     if options.src is None and not config.RAW.exists():
         if options.out is not None:
@@ -113,8 +106,9 @@ def prepare(src: Path, out: Path, options: PreProcessOptions) -> None:
         try:
             root = open_source(src, out, options)
             listing = list_photos(root)
-            excluded = exclude(listing.photos, options.exclude_names)
-            retire_crops(listing.photos, excluded, out, options)
+            excluded = overlap.excluded_rows(listing.photos, options.exclude_names)
+            kept = {photo.image for photo in listing.photos if photo.source not in excluded}
+            retire_crops(out, known_rows(out), kept, options.keep_undetected)
             done = read_journal(out, listing.photos)
             if done:
                 print(f"{src}: {len(done):,} of {len(listing.photos):,} photos are done already.")
@@ -127,7 +121,7 @@ def prepare(src: Path, out: Path, options: PreProcessOptions) -> None:
                 forget(out)
             raise
         summarize(rows, listing, out, rate)
-        derive(rows, root, out, options)
+        derived.derive(rows, root, out, options)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -148,50 +142,6 @@ def check_folders(src: Path, out: Path) -> None:
         raise InputError(f"{out} is a file: name a folder with --out")
 
 
-def check_lists(options: PreProcessOptions) -> None:
-    """Before any work is done: the lists of names can be read, and none is ignored."""
-    for path in (options.exclude_names, options.test_names):
-        if path is not None:
-            overlap.read_names(path)
-    if options.test_names is not None and not options.report:
-        raise InputError("--test-names is shown in the report: add --report")
-
-
-def fetch_lfw(options: PreProcessOptions) -> PreProcessOptions:
-    """LFW's photos and lists of pairs -> the options that prepare them as a test set."""
-    if options.src is not None:
-        raise InputError("--download and --src both name a source: leave one out")
-    out = options.out or config.DATA / "lfw"
-    archive = download.fetch(download.LFW, config.DATA / "downloads")
-    for file in download.LFW_PAIRS:
-        download.fetch(file, out)
-    return replace(options, src=archive, out=out, keep_undetected=True)
-
-
-def is_only_derived(options: PreProcessOptions) -> bool:
-    """Whether only a pack or a report is asked for, of a prepared set: no --src is named."""
-    out = options.out
-    wanted = (options.pack or options.report) and not (options.src or options.exclude_names)
-    if not wanted or not (out / manifest.NAME).exists():
-        return False
-    return not config.RAW.exists() or read_settings(out).get("source") != config.canonical(
-        config.RAW
-    )
-
-
-def read_settings(out: Path) -> dict:
-    path = out / SETTINGS
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
-def find_root(out: Path) -> Path | None:
-    """The photos that a set was prepared from; None where they are gone."""
-    if (out / "source").is_dir():
-        return archives.strip_wrapper(out / "source")
-    source = config.ROOT / read_settings(out).get("source", "?")
-    return source if source.is_dir() else None
-
-
 def open_source(src: Path, out: Path, options: PreProcessOptions) -> Path:
     """The folder that holds the identities; an archive is unpacked first. Records the settings."""
     settings = {
@@ -201,8 +151,8 @@ def open_source(src: Path, out: Path, options: PreProcessOptions) -> Path:
         "thresholds": list(options.thresholds),
         "factor": options.factor,
     }
-    path = out / SETTINGS
-    known, old = path.exists(), read_settings(out)
+    path = out / manifest.SETTINGS
+    known, old = path.exists(), manifest.read_settings(out)
     if known:
         changed = [key for key in settings if old.get(key) != settings[key]]
         if changed:
@@ -301,25 +251,6 @@ def name_crops(files: list[str]) -> Iterator[tuple[str, str]]:
     return ((file, named[file]) for file in files)
 
 
-def exclude(photos: list[Photo], names: Path | None) -> dict[str, Row]:
-    """Rows of the photos whose identities are in the list, by source."""
-    if names is None:
-        return {}
-    people = {photo.identity for photo in photos}
-    found = overlap.find_overlap(people, overlap.read_names(names))
-    if len(found) == len(people):
-        raise InputError(f"{names} names every identity of the set: leave out --exclude-names")
-    reasons = {
-        identity: f"named {'' if ratio == 1 else 'much '}like {name} in {names.name}"
-        for identity, (name, ratio) in found.items()
-    }
-    return {
-        photo.source: Row(photo.source, photo.identity, "", EXCLUDED, reasons[photo.identity])
-        for photo in photos
-        if photo.identity in reasons
-    }
-
-
 # --------------------------------------------------------------------------------------------------
 # the journal: what is done, so that a run goes on where it stopped
 
@@ -328,8 +259,7 @@ def read_journal(out: Path, photos: list[Photo]) -> dict[str, str]:
     """Source -> CSV line of the photos that are done. A line that was cut off is not."""
     planned = {photo.source: photo.image for photo in photos}
     done: dict[str, str] = {}
-    finished = manifest.read_rows(out / manifest.NAME) if (out / manifest.NAME).exists() else ()
-    for cells in itertools.chain(finished, journal_rows(out / JOURNAL)):
+    for cells in known_rows(out):
         try:
             row = Row.parse(cells)
         except ValueError:  # damaged: the photo is done again
@@ -346,23 +276,10 @@ def read_journal(out: Path, photos: list[Photo]) -> dict[str, str]:
     return done
 
 
-def retire_crops(
-    photos: list[Photo], excluded: dict[str, Row], out: Path, options: PreProcessOptions
-) -> None:
-    """Move aside the crops that a run before this one made and that this one's manifest won't name.
-
-    Before the journal is read: a run that is stopped in between finds the same ones again.
-    """
-    kept = {photo.image for photo in photos if photo.source not in excluded}
-    old = manifest.read_rows(out / manifest.NAME) if (out / manifest.NAME).exists() else ()
-    gone = []
-    for cells in itertools.chain(old, journal_rows(out / JOURNAL)):
-        image, status = cells[2], cells[3]
-        if image not in kept or (status == UNDETECTED and not options.keep_undetected):
-            gone.append(image)
-    moved = move_orphans(out, filter(None, gone))
-    if moved:
-        print(f"{moved:,} crops of photos that are gone or left out were moved to {out / ASIDE}")
+def known_rows(out: Path) -> Iterator[list[str]]:
+    """The cells of the manifest of the run before this one, and of the journal."""
+    finished = manifest.read_rows(out / manifest.NAME) if (out / manifest.NAME).exists() else ()
+    return itertools.chain(finished, journal_rows(out / JOURNAL))
 
 
 def journal_rows(path: Path) -> Iterator[list[str]]:
@@ -609,19 +526,6 @@ def summarize(rows: list[Row], listing: Listing, out: Path, rate: float | None) 
     if listing.identities == 1:
         print("  WARNING: one identity only; is --src one folder too high?")
     print(f"  {rate:.1f} photos/s" if rate else "  nothing was left to do")
-
-
-def derive(rows: list[Row], root: Path | None, out: Path, options: PreProcessOptions) -> None:
-    """What is made of a prepared set: its RecordIO and its report."""
-    if options.pack:
-        pairs = sorted((row.identity, row.image) for row in rows if row.status == ALIGNED)
-        progress = Progress(len(pairs), "Packing crops")
-        size = packing.pack(out, pairs, progress.update)
-        progress.close()
-        said = f"{size:,} bytes" if size else "packed already"
-        print(f"{out / recordio.REC}: {len(pairs):,} crops, {said}")
-    if options.report:
-        print(set_report.write_report(out, root, rows, options.test_names))
 
 
 def forget(out: Path) -> None:
