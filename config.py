@@ -10,10 +10,12 @@ import dataclasses
 import difflib
 import errno
 import os
+import shutil
 import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -305,9 +307,29 @@ def run(main: Callable[[typing.Any], int | None], options: object) -> typing.NoR
         path = (errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG)
         if error.errno not in disk + path:
             raise
-        said = f"{error.filename or 'a file'}: {error.strerror}; what was done is kept"
+        free = f" ({free_bytes(error.filename):,} bytes free)" if error.errno in disk else ""
+        said = f"{error.filename or 'a file'}: {error.strerror}{free}; what was done is kept"
         code = complain(said, 1 if error.errno in disk else 2)
     sys.exit(code)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """A failed write says which file it was, as a failed open() does by itself."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def free_bytes(path: str | None) -> int:
+    """On the disk that holds the path, or its first folder that is there."""
+    place = Path(path or ".").resolve()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
 
 
 def canonical(path: Path) -> str:

@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, TiffImagePlugin, WebPImagePlugin  # noqa: F401 (registers them)
 
+from config import naming
+
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 # What a photo may be inside, whatever its name says. No EPS or PDF: they run an interpreter.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
@@ -97,7 +99,8 @@ def write_jpeg(path: Path, image: np.ndarray, quality: int = 95) -> None:
     """
     temporary = path.with_name(f".{os.getpid()}.tmp")  # short: the name may be of full length
     try:
-        temporary.write_bytes(jpeg_bytes(image, quality))
+        with naming(path):
+            temporary.write_bytes(jpeg_bytes(image, quality))
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -20,7 +20,7 @@ import numpy as np
 
 import manifest
 from checkpoint import sha256, write_atomic, write_json
-from config import InputError
+from config import InputError, naming
 from recordio import IDX, PROPERTY, REC, content, encode, framing
 
 MARK = "train.pack.json"
@@ -108,16 +108,19 @@ class _Parts:
     def add(self, record: bytes) -> None:
         data = encode(record)
         self.lines.append(f"{self.number}\t{self.offset}\n")
-        self.rec_file.write(data)
+        with naming(self.rec):
+            self.rec_file.write(data)
         self.number, self.offset = self.number + 1, self.offset + len(data)
         if self.offset - self.synced > _SYNC:
             self.sync()
 
     def sync(self) -> None:
-        self.rec_file.flush()
-        os.fsync(self.rec_file.fileno())
-        self.idx_file.writelines(self.lines)
-        self.idx_file.flush()
+        with naming(self.rec):
+            self.rec_file.flush()
+            os.fsync(self.rec_file.fileno())
+        with naming(self.idx):
+            self.idx_file.writelines(self.lines)
+            self.idx_file.flush()
         self.lines, self.synced = [], self.offset
 
     def close(self) -> int:

@@ -313,7 +313,7 @@ def detect_all(
     progress = Progress(len(todo), "Aligning faces")
     size = options.batch_size
     chunks = [todo[start : start + size] for start in range(0, len(todo), size)]
-    with open(out / JOURNAL, "ab") as journal:
+    with config.naming(out / JOURNAL), open(out / JOURNAL, "ab") as journal:
         for rows in run_chunks(chunks, root, out, options):
             lines = [row.line() for row in rows]
             journal.write("".join(lines).encode(errors="surrogateescape"))
@@ -512,7 +512,10 @@ def summarize(rows: list[Row], listing: Listing, out: Path, rate: float | None) 
     if status[EXCLUDED]:
         people = len({row.identity for row in rows if row.status == EXCLUDED})
         print(f"  excluded    {status[EXCLUDED]:9,}   photos of {people:,} identities, by name")
+    people = Counter(row.identity for row in rows if row.status == ALIGNED)
+    single = sum(count == 1 for count in people.values())
     for count, what in (
+        (single, "identities have one aligned photo (train.py --min-images 2 leaves them out)"),
         (listing.others, "other files were left"),
         (listing.homeless, "photos outside any identity's folder were left"),
         (listing.empty, "identities have no photo"),

@@ -57,7 +57,7 @@ def test_photos_are_taken_and_others_counted(tmp_path, kind):
     "name", ["../evil.jpg", "/tmp/evil.jpg", "a/../../evil.jpg", "C:\\evil.jpg"]
 )
 @pytest.mark.parametrize("kind", ["tgz", "zip"])
-def test_a_path_that_leaves_refuses_the_whole(tmp_path, name, kind):
+def test_row14_a_path_that_leaves_refuses_the_whole(tmp_path, name, kind):
     folder = tmp_path / "work"
     folder.mkdir()
     path = folder / f"a.{kind}"
@@ -73,7 +73,7 @@ def test_a_path_that_leaves_refuses_the_whole(tmp_path, name, kind):
     assert not list(tmp_path.rglob("evil*"))
 
 
-def test_links_and_devices_are_counted_and_never_made(tmp_path):
+def test_row14_links_and_devices_are_counted_and_never_made(tmp_path):
     secret = tmp_path / "secret.jpg"
     secret.write_bytes(b"secret")
     path = tmp_path / "a.tgz"
@@ -96,7 +96,7 @@ def test_links_and_devices_are_counted_and_never_made(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["tgz", "zip"])
-def test_a_bomb_is_refused(tmp_path, kind):
+def test_row14_a_bomb_is_refused(tmp_path, kind):
     path, zeros = tmp_path / f"a.{kind}", bytes(50 << 20)
     if kind == "zip":
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:

@@ -24,7 +24,7 @@ def loaded(faces, workers: int, start: int = 0, kind: str = "strong", epochs: in
     return list(batches(make_loader(faces, sampler, kind, workers, 60, pin=False)))
 
 
-def test_classes_are_dense_in_sorted_order(prepared):
+def test_row17_classes_are_dense_in_sorted_order(prepared):
     faces = load_faces(prepared)
     assert faces.identities == sorted(faces.identities) and len(faces.identities) == 30
     assert sorted(set(faces.labels.tolist())) == list(range(30))
@@ -41,7 +41,7 @@ def test_only_aligned_photos_are_trained_on(tmp_path):
     assert "images/id001/01.jpg" not in images and len(images) == 4
 
 
-def test_min_images_leaves_out_small_identities(tmp_path):
+def test_row17_min_images_leaves_out_small_identities(tmp_path):
     folder = make_prepared(tmp_path, 4, 3)
     lines = (folder / manifest.NAME).read_text().splitlines(keepends=True)
     (folder / manifest.NAME).write_text("".join(lines[:1] + lines[2:]))  # one of id000 is lost

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,7 @@ import pre_process
 from checkpoint import sha256
 from config import InputError, PreProcessOptions
 from data_gen import load_faces
+from detect_faces import Faces
 from images import read_image, write_jpeg
 from orphans import move_orphans
 from synthetic_faces import draw_face
@@ -97,7 +99,7 @@ def test_the_crop_is_the_template_over_the_true_landmarks(raw, tmp_path):
     assert row.box[0] < truth[:, 0].min() and row.box[2] > truth[:, 0].max()
 
 
-def test_what_cannot_be_used_is_told_with_a_reason(spoiled, tmp_path, capsys):
+def test_row2_row13_what_cannot_be_used_is_told_with_a_reason(spoiled, tmp_path, capsys):
     pre_process.prepare(spoiled, tmp_path / "out", OPTIONS)
     found = rows(tmp_path / "out")
     assert found["ann/wall.jpg"].status == "rejected"
@@ -194,7 +196,7 @@ def test_crops_never_share_a_name():
     assert len({name.casefold() for name in names.values()}) == 4
 
 
-def test_file_names_of_every_kind(tmp_path):
+def test_row11_file_names_of_every_kind(tmp_path):
     photo = draw_face(0, 0, 0)[0]
     strange = [b"a b.jpg", "é顔.jpg".encode(), b"new\nline.jpg", b'quote",.jpg', b"bad\xff.jpg",
                "line\u2028sep.jpg".encode()]  # fmt: skip
@@ -220,6 +222,90 @@ def test_links_to_folders_are_followed_but_not_in_a_circle(raw, tmp_path):
     assert [photo.source for photo in listing.photos] == [
         *("ann/00.jpg", "ann/01.jpg", "ann/02.jpg", "me/1.jpg")
     ]
+
+
+class StubDetector:
+    """Two faces in each photo: landmarks by the photo's brightness, the central face second."""
+
+    def __init__(self, *_):
+        pass
+
+    def detect(self, images):
+        return [
+            Faces(
+                np.array([[0, 0, 30, 40], [60, 60, 120, 130]], dtype=float),
+                np.array([0.99, 0.9]),
+                np.stack([align_faces.TEMPLATE / 4, LANDMARKS[int(image.mean()) // 10]]),
+            )
+            for image in images
+        ]
+
+
+LANDMARKS = {
+    1: align_faces.TEMPLATE / 2 + 60,
+    2: np.full((5, 2), np.nan),
+    3: np.full((5, 2), 90.0),
+    4: np.linspace((60, 60), (120, 130), 5),  # on a line
+    5: align_faces.TEMPLATE[[1, 0, 2, 4, 3]] / 2 + 60,  # mirrored
+    6: np.full((5, 2), 1e12),
+}
+
+
+def test_row12_row13_landmarks_that_are_no_face_and_several_faces(tmp_path, monkeypatch, capsys):
+    (tmp_path / "photos/id").mkdir(parents=True)
+    for kind in LANDMARKS:
+        image = Image.new("RGB", (180, 180), (10 * kind + 5,) * 3)
+        image.save(tmp_path / f"photos/id/{kind}.png")
+    monkeypatch.setattr(pre_process, "FaceDetector", StubDetector)
+    for _ in range(2):
+        pre_process.prepare(tmp_path / "photos", tmp_path / "out", OPTIONS)
+    found = rows(tmp_path / "out")
+    assert [row.faces for row in found.values()] == [2] * 6
+    assert found["id/1.png"].status == "aligned" and found["id/1.png"].score == 0.9
+    assert np.array_equal(found["id/1.png"].landmarks, LANDMARKS[1].round(4))
+    for kind in range(2, 7):
+        row = found[f"id/{kind}.png"]
+        assert (row.status, row.reason) == ("rejected", pre_process.NO_SHAPE), kind
+    said = " ".join(capsys.readouterr().out.split())
+    assert "6 photos have several faces" in said and f"5 {pre_process.NO_SHAPE}" in said
+
+
+def test_row17_identities_of_one_photo_or_none_are_told(raw, tmp_path, capsys):
+    folder = shutil.copytree(raw, tmp_path / "photos")
+    (folder / "nobody").mkdir()
+    pre_process.prepare(folder, tmp_path / "out", OPTIONS)
+    said = capsys.readouterr().out
+    assert "1 identities have one aligned photo" in said and "1 identities have no photo" in said
+
+
+def test_row19_a_full_disk_names_the_file_and_loses_nothing(raw, tmp_path):
+    """A child may write 2,500 bytes a file: enough for the index, not for a crop."""
+    code = (
+        "import resource, signal, sys; sys.path.insert(0, sys.argv.pop(1));"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2500, 2500));"
+        "import config, pre_process;"
+        "config.run(pre_process.main, config.parse(config.PreProcessOptions, ''))"
+    )
+    folder, out = shutil.copytree(raw, tmp_path / "photos"), tmp_path / "out"
+    os.remove(folder / "eve/00.jpg")
+    pre_process.prepare(folder, out, OPTIONS)
+    before = tree(out)
+    shutil.copy(raw / "eve/00.jpg", folder / "eve/00.jpg")
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(pre_process.config.ROOT), "--src", str(folder),
+         "--out", str(out), "--workers", "0"],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    said = r"error: \S*images/eve/00\.jpg: File too large \([\d,]+ bytes free\); what .*\n"
+    assert re.fullmatch(said, done.stderr), done.stderr
+    after = tree(out)
+    after.pop(pre_process.JOURNAL)
+    assert after == before
+    pre_process.prepare(folder, out, OPTIONS)
+    pre_process.prepare(folder, tmp_path / "fresh", OPTIONS)
+    assert tree(out) == tree(tmp_path / "fresh")
 
 
 def test_row4_row9_what_is_unusual_is_told_once(raw, tmp_path, capsys):
@@ -441,7 +527,7 @@ def test_out_alone_is_refused(tmp_path, monkeypatch):
         pre_process.main(PreProcessOptions(out=tmp_path / "out"))
 
 
-def test_twins_by_case_are_refused(tmp_path, raw):
+def test_row17_twins_by_case_are_refused(tmp_path, raw):
     shutil.copytree(raw / "eve", tmp_path / "photos/eve")
     shutil.copytree(raw / "eve", tmp_path / "photos/EVE")
     assert "EVE and eve" in refused(tmp_path / "photos", tmp_path / "out")
@@ -465,7 +551,7 @@ def test_other_settings_or_another_source_are_refused(raw, tmp_path):
     assert tree(out) == before
 
 
-def test_two_runs_at_once_the_second_is_refused(raw, tmp_path):
+def test_row20_two_runs_at_once_the_second_is_refused(raw, tmp_path):
     (tmp_path / "out").mkdir()
     with pre_process.lock(tmp_path / "out"):
         assert f"process {os.getpid()}" in refused(raw, tmp_path / "out")
@@ -480,7 +566,7 @@ def test_bad_input_from_the_shell(script, tmp_path):
 
 
 @pytest.mark.slow
-def test_kills_lose_nothing(tmp_path):
+def test_row18_kills_lose_nothing(tmp_path):
     """SIGKILL at 20 random moments, then to the end: the same bytes as without a kill."""
     rng = np.random.default_rng(0)
     src = tmp_path / "photos"
