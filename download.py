@@ -65,7 +65,6 @@ def fetch(file: File, folder: Path) -> Path:
                 f"and it is fetched from {file.url}"
             )
         return path
-    folder.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     try:
         _receive(file, part)
@@ -122,6 +121,7 @@ def _receive(file: File, part: Path) -> None:
         start = have if resumed else 0
         total = start + int(length) if length else None
         print(f"Fetching {file.name} from {file.url}" + (f" ({total:,} bytes)" if total else ""))
+        part.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "ab" if resumed else "wb") as out:
             done, last = start, time.monotonic()
             while block := answer.read(_BLOCK):

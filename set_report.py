@@ -127,12 +127,14 @@ def _rejected(root: Path | None, rows: list[Row]) -> str:
             by_reason[row.reason].append(row)
     if not by_reason:
         return _section("Rejected photos", "<p>None.</p>")
+    undetected = any(row.status == UNDETECTED for row in rows)
+    title = "Rejected and undetected photos" if undetected else "Rejected photos"
     parts = []
     for reason, group in sorted(by_reason.items(), key=lambda item: (-len(item[1]), item[0])):
         share = f"{len(group):,} of {len(rows):,} photos"
         shown = "".join(_thumb(root, row) for row in group[:_PER_REASON])
         parts.append(f'<h3>{_text(reason)}: {share}</h3><div class="grid">{shown}</div>')
-    return _section("Rejected photos", "".join(parts))
+    return _section(title, "".join(parts))
 
 
 def _excluded(rows: list[Row]) -> str:
