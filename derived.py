@@ -31,6 +31,8 @@ def derive(rows: list[Row], root: Path | None, out: Path, options: PreProcessOpt
     """Pack and report as asked for; `root` holds the photos, None where they are gone."""
     if options.pack:
         pairs = sorted((row.identity, row.image) for row in rows if row.status == ALIGNED)
+        if not pairs:
+            raise InputError(f"{out} holds no aligned photo: there is nothing to pack")
         progress = Progress(len(pairs), "Packing crops")
         size = packing.pack(out, pairs, progress.update)
         progress.close()

@@ -23,7 +23,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, TextIO
+from typing import NamedTuple
 
 import numpy as np
 
@@ -313,18 +313,6 @@ def content(labels: float | Sequence[float], number: int, payload: bytes = b"") 
     return (
         _HEADER.pack(len(labels), 0, number, 0) + struct.pack(f"<{len(labels)}f", *labels) + payload
     )
-
-
-class RecordWriter:
-    """Appends records to an open .rec, and their lines to an open .idx."""
-
-    def __init__(self, rec: BinaryIO, idx: TextIO, number: int = 0):
-        self.rec, self.idx, self.number = rec, idx, number
-
-    def add(self, labels: float | Sequence[float], payload: bytes = b"") -> None:
-        self.idx.write(f"{self.number}\t{self.rec.tell()}\n")
-        self.rec.write(encode(content(labels, self.number, payload)))
-        self.number += 1
 
 
 def framing(counts: Sequence[int]) -> tuple[tuple[int, int], Iterator[tuple[int, int]]]:

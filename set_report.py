@@ -237,7 +237,8 @@ def _face(out: Path, row: Row) -> str:
     marks = "".join(
         f'<circle class="ring" cx="{x:.1f}" cy="{y:.1f}" r="4"/>' for x, y in align_faces.TEMPLATE
     )
-    matrix = align_faces.similarity_transform(row.landmarks)
+    found = row.landmarks is not None
+    matrix = align_faces.similarity_transform(row.landmarks) if found else None
     if matrix is not None:
         points = align_faces.map_points(matrix, row.landmarks)  # (5, 2)
         marks += "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="1.5"/>' for x, y in points)
@@ -245,7 +246,7 @@ def _face(out: Path, row: Row) -> str:
     image = f'<img src="{picture}" alt="{_text(alt)}" width="112" height="112">'
     size = align_faces.CROP
     drawn = f'<svg viewBox="0 0 {size} {size}" aria-hidden="true">{marks}</svg>'
-    return _figure(f'<div class="face">{image}{drawn}</div>', row, f"score {row.score:.3f}")
+    return _figure(f'<div class="face">{image}{drawn}</div>', row, f"score {row.score or 0:.3f}")
 
 
 def _thumb(root: Path | None, row: Row) -> str:

@@ -224,7 +224,7 @@ def with_defaults(options: TrainOptions) -> TrainOptions:
     if data is None and config.RAW.exists():
         data = config.DATA / "faces"
     folder = data.parent if data and data.suffix == ".rec" else data
-    name = options.name or options.recipe or (folder.name if folder else "demo")
+    name = options.name or options.recipe or (folder.resolve().name if folder else "demo")
     if data is None:
         print("No --data and no data/raw: using the embedded synthetic faces (data/synthetic).")
         data = config.SYNTHETIC / "train"

@@ -14,7 +14,7 @@ import manifest
 import packing
 import recordio
 from config import InputError
-from conftest import make_prepared
+from conftest import make_prepared, write_records
 from data_gen import RunSampler, augment, batches, hold_out, load_faces, make_loader, make_pairs
 from images import jpeg_bytes
 
@@ -161,22 +161,17 @@ def test_a_photo_lost_or_damaged_since_is_named(prepared, tmp_path, workers):
 # RecordIO
 
 
-def write_records(folder, counts, labels=float, ranges=True):
+def write_set(folder, counts, labels=float, ranges=True):
     """A set as InsightFace lays it out, of patterned crops; `labels` makes a record's label."""
-    folder.mkdir(exist_ok=True)
     header, spans = recordio.framing(counts)
     people = np.repeat(np.arange(len(counts)), counts).tolist()
     pattern = np.random.default_rng(0).integers(0, 256, (len(people), 112, 112, 3), dtype=np.uint8)
-    with open(folder / "train.rec", "wb") as rec, open(folder / "train.idx", "w") as idx:
-        writer = recordio.RecordWriter(rec, idx)
-        if ranges:
-            writer.add(header)
-        for label, image in zip(people, pattern, strict=True):
-            writer.add(labels(label), jpeg_bytes(image))
-        for span in spans if ranges else ():
-            writer.add(span)
-    (folder / "property").write_text(f"{len(counts)},112,112\n")
-    return folder
+    photos = [
+        (labels(label), jpeg_bytes(image)) for label, image in zip(people, pattern, strict=True)
+    ]
+    if ranges:
+        photos = [(header, b""), *photos, *((span, b"") for span in spans)]
+    return write_records(folder, photos)
 
 
 def test_training_reads_what_mxnet_wrote(shared):
@@ -193,7 +188,7 @@ def test_training_reads_what_mxnet_wrote(shared):
 
 
 def test_the_same_batches_from_records_whatever_the_workers(tmp_path):
-    faces = load_faces(write_records(tmp_path / "set", (10, 12, 15)))
+    faces = load_faces(write_set(tmp_path / "set", (10, 12, 15)))
     whole = loaded(faces, workers=0)
     for crop, label, index in zip(*loaded(faces, 0, kind="none")[0], strict=True):
         assert np.array_equal(crop.numpy(), faces.read(index)) and label == faces.labels[index]
@@ -202,7 +197,7 @@ def test_the_same_batches_from_records_whatever_the_workers(tmp_path):
 
 
 def test_labels_without_ranges_are_read_once_and_kept(tmp_path, capsys):
-    folder = write_records(tmp_path / "set", (3, 2, 4), labels=lambda n: (n, 0.0), ranges=False)
+    folder = write_set(tmp_path / "set", (3, 2, 4), labels=lambda n: (n, 0.0), ranges=False)
     first = load_faces(folder)
     assert "Reading the labels of 9 records" in capsys.readouterr().out
     again = load_faces(folder)
@@ -212,24 +207,24 @@ def test_labels_without_ranges_are_read_once_and_kept(tmp_path, capsys):
     cache = folder / "train.labels.npz"
     cache.write_bytes(cache.read_bytes()[:-30])  # a damaged one is made again
     assert load_faces(folder).labels.tolist() == first.labels.tolist()
-    write_records(folder, (4, 5), ranges=False)  # of another set, too
+    write_set(folder, (4, 5), ranges=False)  # of another set, too
     os.utime(folder / "train.rec", ns=(1, 1))
     assert load_faces(folder).labels.tolist() == [0] * 4 + [1] * 5
 
 
 def test_labels_with_gaps_become_dense_classes(tmp_path):
-    folder = write_records(tmp_path / "set", (3, 2, 4), labels=lambda n: float((7, 300, 10)[n]))
+    folder = write_set(tmp_path / "set", (3, 2, 4), labels=lambda n: float((7, 300, 10)[n]))
     faces = load_faces(folder)
     assert faces.identities == ["00000007", "00000010", "00000300"]
     assert faces.labels.tolist() == [0, 0, 0, 2, 2, 1, 1, 1, 1]
-    train, held = hold_out(load_faces(write_records(tmp_path / "big", (3,) * 30)), 10, seed=0)
+    train, held = hold_out(load_faces(write_set(tmp_path / "big", (3,) * 30)), 10, seed=0)
     assert len(held.identities) == 3 and len(train) == 81
     both = np.sort(np.concatenate([train.numbers, held.numbers]))
     assert both.tolist() == list(range(1, 91))
 
 
 def test_row16_skip_bad_leaves_out_damaged_records_and_says_which(tmp_path):
-    folder = write_records(tmp_path / "set", (3, 2, 4))
+    folder = write_set(tmp_path / "set", (3, 2, 4))
     starts = recordio.RecordFile(folder / "train.rec").starts
     with open(folder / "train.rec", "r+b") as file:
         for number in (2, 7):
@@ -244,7 +239,7 @@ def test_row16_skip_bad_leaves_out_damaged_records_and_says_which(tmp_path):
     # Without it: refused when the record is read, or at the start where all labels are.
     with pytest.raises(InputError, match="record 2 at offset"):
         load_faces(folder).read(1)
-    bare = write_records(tmp_path / "bare", (3, 2, 4), ranges=False)
+    bare = write_set(tmp_path / "bare", (3, 2, 4), ranges=False)
     with open(bare / "train.rec", "r+b") as file:
         file.seek(12)
         file.write(struct.pack("<f", 1.5))
@@ -255,7 +250,7 @@ def test_row16_skip_bad_leaves_out_damaged_records_and_says_which(tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_image_of_a_record_that_does_not_decode_is_named(tmp_path, workers):
-    folder = write_records(tmp_path / "set", (20, 20))
+    folder = write_set(tmp_path / "set", (20, 20))
     starts = recordio.RecordFile(folder / "train.rec").starts
     with open(folder / "train.rec", "r+b") as file:
         file.seek(int(starts[5]) + 32)

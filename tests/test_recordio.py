@@ -1,6 +1,5 @@
 """RecordIO and .bin files. Run: python -m pytest tests/test_recordio.py"""
 
-import io
 import json
 import multiprocessing
 import os
@@ -14,7 +13,8 @@ import pytest
 
 import recordio
 from config import InputError
-from recordio import BadRecord, RecordFile, RecordWriter, read_bin
+from conftest import write_records
+from recordio import BadRecord, RecordFile, read_bin
 
 MAGIC = bytes.fromhex("0a23d7ce")
 
@@ -26,12 +26,7 @@ def fixture(shared):
 
 def write(folder, records) -> RecordFile:
     """(labels, payload) each -> folder/train.rec, opened."""
-    folder.mkdir(exist_ok=True)
-    with open(folder / "train.rec", "wb") as rec, open(folder / "train.idx", "w") as idx:
-        writer = RecordWriter(rec, idx)
-        for labels, payload in records:
-            writer.add(labels, payload)
-    return RecordFile(folder / "train.rec")
+    return RecordFile(write_records(folder, records) / "train.rec")
 
 
 def make_set(counts=(2, 1, 3), label=float) -> list:
@@ -84,15 +79,14 @@ def test_the_split_record_of_the_fixture(fixture):
 
 
 @pytest.mark.parametrize("name", ["train", "split"])
-def test_the_same_content_gives_mxnets_bytes(fixture, name):
+def test_the_same_content_gives_mxnets_bytes(fixture, name, tmp_path):
     records = RecordFile(fixture / f"{name}.rec")
-    rec, idx = io.BytesIO(), io.StringIO()
-    writer = RecordWriter(rec, idx)
-    for number in range(len(records)):
-        labels, payload = records.read(number)
-        writer.add(labels if len(labels) > 1 else labels[0], payload)
-    assert rec.getvalue() == (fixture / f"{name}.rec").read_bytes()
-    assert idx.getvalue() == (fixture / f"{name}.idx").read_text()
+    contents = [records.read(number) for number in range(len(records))]
+    alike = [(labels if len(labels) > 1 else labels[0], payload) for labels, payload in contents]
+    write_records(tmp_path, alike)
+    for suffix in ("rec", "idx"):
+        ours = (tmp_path / f"train.{suffix}").read_bytes()
+        assert ours == (fixture / f"{name}.{suffix}").read_bytes()
 
 
 def test_the_header_and_ranges_of_the_fixture(fixture):
