@@ -14,7 +14,7 @@ import tarfile
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
@@ -36,10 +36,13 @@ def is_archive(path: Path) -> bool:
     return path.name.lower().endswith(KINDS)
 
 
-def unpack(archive: Path, destination: Path) -> Counter:
+def unpack(
+    archive: Path, destination: Path, before_done: Callable[[Counter], object] | None = None
+) -> Counter:
     """Unpack the photos into `destination`, which appears only when all of them are there.
 
-    -> what was skipped, by kind. Raises InputError: not an archive, cut off, or unsafe.
+    -> what was skipped, by kind; `before_done` is told it first, so that it can be kept.
+    Raises InputError: not an archive, cut off, or unsafe.
     """
     partial = destination.with_name(destination.name + ".part")
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
@@ -63,6 +66,8 @@ def unpack(archive: Path, destination: Path) -> Counter:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    if before_done is not None:
+        before_done(skipped)
     os.replace(partial, destination)
     return skipped
 

@@ -25,7 +25,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from config import InputError
+from config import InputError, naming
 
 LAST, PREVIOUS, BEST, CHECKSUMS = "last.pt", "previous.pt", "best.safetensors", "checksums.json"
 
@@ -219,7 +219,7 @@ def load_state(module: torch.nn.Module, state: dict[str, torch.Tensor], source: 
 def _write_temporary(path: Path, write: bytes | Callable[[BinaryIO], object]) -> Path:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with naming(path), open(temporary, "wb") as file:
             if callable(write):
                 write(file)
             else:

@@ -11,10 +11,12 @@ import difflib
 import errno
 import json
 import os
+import shutil
 import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,6 +74,24 @@ class PreProcessOptions:
         "crop a photo without a face by the set's median landmarks and mark it, instead of "
         "rejecting it; for test sets, so that no pair is lost",
     )
+    download: str | None = option(
+        None,
+        "fetch a published set and prepare it: lfw (the funneled photos and the lists of pairs)",
+        choices=("lfw",),
+    )
+    exclude_names: Path | None = option(
+        None,
+        "leave out identities whose names are in this list (LFW's people.txt, or a name a line), "
+        "however they are spelt",
+        group="the set",
+    )
+    pack: bool = option(
+        False, "also write the aligned crops as train.rec, train.idx and property (RecordIO)"
+    )
+    report: bool = option(False, "also write report.html: what the set is like")
+    test_names: Path | None = option(
+        None, "show in the report which identities are in this list, such as LFW's people.txt"
+    )
     min_face_size: int = option(
         20, "smallest face looked for, in pixels", low=12, group="detection"
     )
@@ -96,7 +116,8 @@ class PreProcessOptions:
 class TrainOptions:
     data: Path | None = option(
         None,
-        "a prepared folder (default: data/faces if data/raw is there, else data/synthetic/train)",
+        "a prepared folder, or a folder with train.rec and train.idx as InsightFace distributes "
+        "them (default: data/faces if data/raw is there, else data/synthetic/train)",
     )
     recipe: str | None = option(
         None, "a named set of the options below; what you name yourself wins"
@@ -107,6 +128,9 @@ class TrainOptions:
     runs: Path = option(RUNS, "where runs are kept")
     resume: bool = option(False, "go on with the run of this name where it stopped")
     min_images: int = option(1, "leave out identities with fewer photos", low=1)
+    skip_bad: bool = option(
+        False, "leave out damaged records of a train.rec and list them, instead of refusing the set"
+    )
 
     network: str = option("se-r18", "backbone", choices=NETWORKS, group="model")
     width: float = option(1.0, "multiplies the channels; 1.0 is the published net", above=0, high=4)
@@ -323,7 +347,8 @@ def run(main: Callable[[typing.Any], int | None], options: object) -> typing.NoR
         path = (errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG)
         if error.errno not in disk + path:
             raise
-        said = f"{error.filename or 'a file'}: {error.strerror}; what was done is kept"
+        free = f" ({free_bytes(error.filename):,} bytes free)" if error.errno in disk else ""
+        said = f"{error.filename or 'a file'}: {error.strerror}{free}; what was done is kept"
         code = complain(said, 1 if error.errno in disk else 2)
     sys.exit(code)
 
@@ -346,6 +371,25 @@ def plain(options: object) -> dict[str, object]:
         return list(value) if isinstance(value, tuple) else value
 
     return {key: plainly(value) for key, value in dataclasses.asdict(options).items()}
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """A failed write says which file it was, as a failed open() does by itself."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def free_bytes(path: str | None) -> int:
+    """On the disk that holds the path, or its first folder that is there."""
+    place = Path(path or ".").resolve()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
 
 
 def canonical(path: Path) -> str:

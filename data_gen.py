@@ -1,6 +1,6 @@
 """From a prepared folder to batches: the face set, its deterministic order, augmentation, loader.
 
-    faces = load_faces(Path("data/faces"))               # crops and class numbers
+    faces = load_faces(Path("data/faces"))               # or a folder with train.rec, train.idx
     train, held_out = hold_out(faces, identities=200, seed=0)
     for batch in batches(make_loader(train, ...)): ...   # uint8 crops, labels, indices
 
@@ -9,8 +9,8 @@ index), so a run that is resumed is the same run, whatever the number of loader 
 """
 
 import hashlib
+import itertools
 import signal
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,9 +22,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 import manifest
+import packing
 import protocol
+import recordio
 from config import InputError
-from images import UnreadableImage, read_image
+from images import UnreadableImage, decode_image, read_image
+from record_labels import read_labels
+from recordio import RecordFile
 
 SIDE = 112  # of a crop, in pixels
 
@@ -34,42 +38,110 @@ class FaceSet:
     """Crops and their identities. The class number of an identity is its place in sorted order."""
 
     folder: Path
-    images: list[str]  # (N) paths below the folder
     labels: np.ndarray  # int64 (N,)
     identities: list[str]  # (C) names, sorted
+    images: list[str] | None  # (N) paths below the folder; None where there are only records
+    records: RecordFile | None = None  # where set, the crops are read from it
+    numbers: np.ndarray | None = None  # int32 (N,) their records
     left_out: int = 0  # photos of the folder that are not in the set: no face, or too few
+    damaged: tuple[str, ...] = ()  # records that --skip-bad left out
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.labels)
 
-    def path(self, index: int) -> Path:
-        return self.folder / self.images[index]
+    def name(self, index: int) -> str:
+        """What a message calls a photo."""
+        if self.images is not None:
+            return self.images[index]
+        return f"{self.records.path.name} record {self.numbers[index]}"
+
+    def read(self, index: int) -> np.ndarray:
+        """uint8 (112, 112, 3) RGB. Raises InputError: lost or damaged since preparation."""
+        if self.records is None:
+            return read_crop(self.folder / self.images[index])
+        number = int(self.numbers[index])
+        try:
+            crop = decode_image(self.records.read(number).payload)
+        except UnreadableImage as error:
+            raise InputError(
+                f"{self.records.path}: the image of record {number} is unusable ({error}): "
+                "fetch or pack the set again"
+            ) from error
+        return _checked(crop, f"{self.records.path}: record {number}")
 
     def digest(self) -> str:
         """Tells whether another set is the same photos under the same class numbers."""
-        lines = (f"{label} {image}" for label, image in zip(self.labels, self.images, strict=True))
-        return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
+        if self.images is not None:  # packed or not, it is the same set
+            lines = (
+                f"{label} {name}" for label, name in zip(self.labels, self.images, strict=True)
+            )
+            return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
+        parts = (np.int64([self.records.size]), self.numbers, self.labels)
+        return hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()
 
 
-def load_faces(folder: Path, min_images: int = 1) -> FaceSet:
-    """The aligned crops of a prepared folder. Raises InputError: not prepared, or nothing in it."""
+def load_faces(path: Path, min_images: int = 1, skip_bad: bool = False) -> FaceSet:
+    """The crops of a prepared folder, or of one that holds train.rec and train.idx, or of a .rec.
+
+    Where both are there, the names come from the manifest, and the crops from train.rec if it was
+    packed from it. `skip_bad` leaves out damaged records instead of refusing the set.
+    Raises InputError: not prepared, damaged, or fewer than two identities in it.
+    """
+    rec = path if path.suffix == ".rec" else path / recordio.REC
+    if path == rec or (rec.exists() and not (path / manifest.NAME).exists()):
+        faces = _load_records(rec, skip_bad)
+    else:
+        faces = _load_manifest(path)
+    photos = len(faces) + faces.left_out
+    faces = _subset(faces, np.bincount(faces.labels)[faces.labels] >= min_images)
+    if len(faces.identities) < 2:
+        raise InputError(
+            f"{path} has {len(faces.identities)} identities with at least {min_images} aligned "
+            "faces, and training takes two or more: prepare more photos, or lower --min-images"
+        )
+    return replace(faces, left_out=photos - len(faces))
+
+
+def _load_manifest(folder: Path) -> FaceSet:
     rows = [cells[1:4] for cells in manifest.read_rows(folder / manifest.NAME)]
     pairs = sorted((name, image) for name, image, status in rows if status == manifest.ALIGNED)
-    faces = _face_set(folder, pairs, min_images)
-    return replace(faces, left_out=len(rows) - len(faces))
-
-
-def _face_set(folder: Path, pairs: list[tuple[str, str]], min_images: int = 1) -> FaceSet:
-    """(identity, image) pairs, sorted -> the set, classes dense from 0."""
-    counts = Counter(name for name, _ in pairs)
-    pairs = [pair for pair in pairs if counts[pair[0]] >= min_images]
     names, labels = np.unique([name for name, _ in pairs], return_inverse=True)
-    if len(names) < 2:
-        raise InputError(
-            f"{folder} has {len(names)} identities with at least {min_images} aligned faces, and "
-            "training takes two or more: prepare more photos, or lower --min-images"
-        )
-    return FaceSet(folder, [image for _, image in pairs], labels.astype(np.int64), names.tolist())
+    images = [image for _, image in pairs]
+    faces = FaceSet(folder, labels.astype(np.int64), names.tolist(), images)
+    faces = replace(faces, left_out=len(rows) - len(faces))
+    if not (folder / recordio.REC).exists():
+        return faces
+    if not packing.is_packed(folder, pairs):
+        print(f"{folder / recordio.REC} holds other photos than {manifest.NAME}: not used; "
+              "pre_process.py --pack renews it")  # fmt: skip
+        return faces
+    records = RecordFile(folder / recordio.REC)
+    return replace(faces, records=records, numbers=records.images())
+
+
+def _load_records(rec: Path, skip_bad: bool) -> FaceSet:
+    """A set as InsightFace distributes it: its identities have numbers instead of names."""
+    records = RecordFile(rec)
+    numbers = records.images()  # int32 (N,)
+    labels, damaged = read_labels(records, numbers, skip_bad)
+    numbers, labels = numbers[labels >= 0], labels[labels >= 0]
+    classes, labels = np.unique(labels, return_inverse=True)
+    names = [f"{label:08d}" for label in classes.tolist()]  # sorted as their numbers are
+    return FaceSet(
+        rec.parent, labels.astype(np.int64), names, None, records, numbers, len(damaged), damaged
+    )
+
+
+def _subset(faces: FaceSet, keep: np.ndarray) -> FaceSet:
+    """The photos where `keep`, bool (N,), is true; classes dense from 0."""
+    names, labels = np.unique(faces.labels[keep], return_inverse=True)
+    return replace(
+        faces,
+        labels=labels.astype(np.int64),
+        identities=[faces.identities[name] for name in names],
+        images=faces.images and list(itertools.compress(faces.images, keep)),
+        numbers=None if faces.numbers is None else faces.numbers[keep],
+    )
 
 
 def hold_out(faces: FaceSet, identities: int, seed: int) -> tuple[FaceSet, FaceSet | None]:
@@ -84,14 +156,8 @@ def hold_out(faces: FaceSet, identities: int, seed: int) -> tuple[FaceSet, FaceS
         return faces, None
     chosen = np.zeros(len(counts), dtype=bool)
     chosen[np.random.default_rng((seed, 1)).permutation(able)[:wanted]] = True
-    named = list(
-        zip((faces.identities[label] for label in faces.labels), faces.images, strict=True)
-    )
-    parts = [
-        [pair for pair, label in zip(named, faces.labels, strict=True) if chosen[label] == held]
-        for held in (False, True)
-    ]
-    return _face_set(faces.folder, parts[0]), _face_set(faces.folder, parts[1])
+    held = chosen[faces.labels]  # (N,)
+    return _subset(faces, ~held), _subset(faces, held)
 
 
 def make_pairs(faces: FaceSet, seed: int, most: int = 3000) -> tuple[np.ndarray, np.ndarray]:
@@ -262,7 +328,7 @@ class FaceDataset(Dataset):
         """-> crop, label, index; or what is wrong with the file, in one line."""
         epoch, index = key
         try:
-            image = read_crop(self.faces.path(index))
+            image = self.faces.read(index)
         except InputError as error:  # raised in `batches`: a worker would wrap it in its traceback
             return str(error)
         rng = np.random.default_rng((self.seed, epoch, index))
@@ -275,10 +341,14 @@ def read_crop(path: Path) -> np.ndarray:
         crop = read_image(path)
     except UnreadableImage as error:
         raise InputError(f"{path}: {error}; run pre_process.py on its folder again") from error
+    return _checked(crop, str(path))
+
+
+def _checked(crop: np.ndarray, where: str) -> np.ndarray:
     if crop.shape != (SIDE, SIDE, 3):
         raise InputError(
-            f"{path} is {crop.shape[1]}x{crop.shape[0]}, not {SIDE}x{SIDE}: "
-            "name a folder that pre_process.py made"
+            f"{where} is {crop.shape[1]}x{crop.shape[0]}, not {SIDE}x{SIDE}: "
+            "name a folder that pre_process.py made, or a .rec of aligned faces"
         )
     return crop
 

@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, TiffImagePlugin, WebPImagePlugin  # noqa: F401 (registers them)
 
+from config import naming
+
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 # What a photo may be inside, whatever its name says. No EPS or PDF: they run an interpreter.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
@@ -41,21 +43,38 @@ def read_image(
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # opening a FIFO would wait forever
             raise UnreadableImage("not a regular file")
+        if not os.path.getsize(path):
+            raise UnreadableImage("empty file")
+    except OSError as error:
+        raise UnreadableImage(_reason(error)) from error
+    return _decode(path, max_pixels, notes)
+
+
+def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """The same for an image that is in memory, as in a .rec or .bin."""
+    if not data:
+        raise UnreadableImage("empty file")
+    return _decode(io.BytesIO(data), max_pixels, None)
+
+
+def _decode(
+    source: str | os.PathLike | io.BytesIO, max_pixels: int, notes: Counter | None
+) -> np.ndarray:
+    try:
         with warnings.catch_warnings():
             warnings.simplefilter(
                 "ignore"
             )  # of Pillow about sizes and damaged EXIF: dealt with here
-            with Image.open(path, formats=_FORMATS) as image:
+            with Image.open(source, formats=_FORMATS) as image:
                 _check_size(*image.size, max_pixels)
                 if notes is not None:
-                    _note(image, Path(path), notes)
+                    _note(image, Path(source), notes)
                 image.load()  # the whole of it: a truncated file raises here, never at verify()
                 return _to_rgb(_upright(image))
     except Image.DecompressionBombError as error:
         raise UnreadableImage("too many pixels") from error
     except Image.UnidentifiedImageError as error:
-        empty = os.path.getsize(path) == 0
-        raise UnreadableImage("empty file" if empty else "not an image") from error
+        raise UnreadableImage("not an image") from error
     except OSError as error:
         raise UnreadableImage(_reason(error)) from error
     except (SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError) as error:
@@ -80,7 +99,8 @@ def write_jpeg(path: Path, image: np.ndarray, quality: int = 95) -> None:
     """
     temporary = path.with_name(f".{os.getpid()}.tmp")  # short: the name may be of full length
     try:
-        temporary.write_bytes(jpeg_bytes(image, quality))
+        with naming(path):
+            temporary.write_bytes(jpeg_bytes(image, quality))
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ file name goes through; bytes that are not UTF-8 too.
 
 import csv
 import io
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 from config import InputError
 
 NAME = "manifest.csv"
+SETTINGS = "pre_process.json"  # source and settings of a prepared folder
 POINTS = ("left_eye", "right_eye", "nose", "mouth_left", "mouth_right")
 COLUMNS = (
     *("source", "identity", "image", "status", "reason", "width", "height", "faces", "score"),
@@ -27,6 +29,7 @@ ENCODING = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
 ALIGNED = "aligned"
 UNDETECTED = "undetected"  # no face was found; cropped by the set's median landmarks
 REJECTED = "rejected"
+EXCLUDED = "excluded"  # its identity is in the list of --exclude-names
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,12 @@ def read_manifest(folder: Path) -> list[Row]:
         except ValueError as error:
             raise InputError(f"{path}: row {number} is damaged ({error}): prepare again") from error
     return rows
+
+
+def read_settings(folder: Path) -> dict:
+    """Source and settings that a folder was prepared with; empty where there are none."""
+    path = folder / SETTINGS
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def _flat(array: np.ndarray | None, size: int) -> list[float | None]:

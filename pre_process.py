@@ -3,6 +3,8 @@
     python pre_process.py                                        # data/raw, else synthetic faces
     python pre_process.py --src photos/ --out data/faces         # a folder, .zip, .tar or .tgz
     python pre_process.py --src lfw.tgz --out data/lfw --keep-undetected    # a test set
+    python pre_process.py --download lfw                         # the same, fetched: data/lfw
+    python pre_process.py --out data/faces --pack --report       # of a set that is prepared
 
 MTCNN finds the faces, the central one is taken, and five landmarks turn it upright by a similarity
 transform. Written into --out:
@@ -10,6 +12,9 @@ transform. Written into --out:
     manifest.csv          one row a photo: status, box, landmarks, score; why it was rejected
     pre_process.json      source and settings
     source/               what an archive held (for a folder, the photos stay where they are)
+    removed/              crops whose photos are gone
+    train.rec, train.idx, property     with --pack: the same crops in one file, for train.py
+    report.html           with --report: what the set is like
 It may be stopped at any moment: run again, it goes on, and the result is the same.
 """
 
@@ -22,7 +27,6 @@ if __name__ == "__main__":
 import csv
 import io
 import itertools
-import json
 import multiprocessing
 import os
 import shutil
@@ -42,16 +46,19 @@ import torch
 
 import align_faces
 import archives
+import derived
+import download
 import manifest
+import overlap
 import synthetic_faces
 from checkpoint import lock, write_atomic, write_json
 from config import InputError, PreProcessOptions
 from detect_faces import FaceDetector, Faces, central_face
 from images import SUFFIXES, UnreadableImage, read_image, write_jpeg
-from manifest import ALIGNED, REJECTED, UNDETECTED, Row
+from manifest import ALIGNED, EXCLUDED, REJECTED, UNDETECTED, Row
+from orphans import retire_crops
 from utils import Progress, pick_device
 
-SETTINGS = "pre_process.json"
 JOURNAL = "manifest.part.csv"  # rows as they are done; gone once manifest.csv holds them
 NO_FACE = "no face"
 NO_SHAPE = "landmarks are no face"
@@ -68,6 +75,11 @@ class Photo(NamedTuple):
 
 def main(options: PreProcessOptions) -> None:
     torch.set_num_threads(1)  # the work is spread over processes
+    derived.check_lists(options)
+    if options.download:
+        options = download.fetch_lfw(options)
+    if derived.derive_only(options):
+        return
     if options.src is None and not config.RAW.exists():
         if options.out is not None:
             raise InputError(f"--out {options.out} needs --src, since there is no data/raw")
@@ -94,17 +106,22 @@ def prepare(src: Path, out: Path, options: PreProcessOptions) -> None:
         try:
             root = open_source(src, out, options)
             listing = list_photos(root)
+            excluded = overlap.excluded_rows(listing.photos, options.exclude_names)
+            kept = {photo.image for photo in listing.photos if photo.source not in excluded}
+            retire_crops(out, known_rows(out), kept, options.keep_undetected)
             done = read_journal(out, listing.photos)
-            todo = [photo for photo in listing.photos if photo.source not in done]
             if done:
                 print(f"{src}: {len(done):,} of {len(listing.photos):,} photos are done already.")
+            done.update((row.source, row.line()) for row in excluded.values())
+            todo = [photo for photo in listing.photos if photo.source not in done]
             rate = detect_all(todo, root, out, done, options) if todo else None
             rows = finish(done, listing, root, out, options)
         except InputError:
             if not existed:  # leave nothing behind for a source that can't be used
                 forget(out)
             raise
-    summarize(rows, listing, out, rate)
+        summarize(rows, listing, out, rate)
+        derived.derive(rows, root, out, options)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -134,28 +151,34 @@ def open_source(src: Path, out: Path, options: PreProcessOptions) -> Path:
         "thresholds": list(options.thresholds),
         "factor": options.factor,
     }
-    path = out / SETTINGS
-    known = path.exists()
+    path = out / manifest.SETTINGS
+    known, old = path.exists(), manifest.read_settings(out)
     if known:
-        old = json.loads(path.read_text())
         changed = [key for key in settings if old.get(key) != settings[key]]
         if changed:
             said = ", ".join(f"{key} {old.get(key)}, now {settings[key]}" for key in changed)
             raise InputError(f"{out} was prepared with {said}: name another --out or delete it")
+    if src.is_file():
+        settings["skipped"] = old.get("skipped", {})  # what of the archive was no photo
     write_json(path, settings)  # before unpacking: what is in source/ belongs to it
     root = src
     if src.is_file():
         root = out / "source"
         if not root.exists():
             print(f"Unpacking {src} into {root}", flush=True)
+
+            def keep(skipped: Counter) -> None:
+                settings["skipped"] = dict(skipped)
+                write_json(path, settings)
+
             try:
-                skipped = archives.unpack(src, root)
+                archives.unpack(src, root, keep)
             except BaseException:
                 if not known:  # nothing is here yet: another archive may come
                     path.unlink()
                 raise
-            for kind, count in sorted(skipped.items()):
-                print(f"  {count:,} {kind} in the archive were left")
+        for kind, count in sorted(settings["skipped"].items()):
+            print(f"  {count:,} {kind} in the archive were left")
         root = archives.strip_wrapper(root)
     return root
 
@@ -236,8 +259,7 @@ def read_journal(out: Path, photos: list[Photo]) -> dict[str, str]:
     """Source -> CSV line of the photos that are done. A line that was cut off is not."""
     planned = {photo.source: photo.image for photo in photos}
     done: dict[str, str] = {}
-    finished = manifest.read_rows(out / manifest.NAME) if (out / manifest.NAME).exists() else ()
-    for cells in itertools.chain(finished, journal_rows(out / JOURNAL)):
+    for cells in known_rows(out):
         try:
             row = Row.parse(cells)
         except ValueError:  # damaged: the photo is done again
@@ -252,6 +274,12 @@ def read_journal(out: Path, photos: list[Photo]) -> dict[str, str]:
             done[row.source] = row.line()
     write_atomic(out / JOURNAL, "".join(done.values()).encode(errors="surrogateescape"))
     return done
+
+
+def known_rows(out: Path) -> Iterator[list[str]]:
+    """The cells of the manifest of the run before this one, and of the journal."""
+    finished = manifest.read_rows(out / manifest.NAME) if (out / manifest.NAME).exists() else ()
+    return itertools.chain(finished, journal_rows(out / JOURNAL))
 
 
 def journal_rows(path: Path) -> Iterator[list[str]]:
@@ -285,7 +313,7 @@ def detect_all(
     progress = Progress(len(todo), "Aligning faces")
     size = options.batch_size
     chunks = [todo[start : start + size] for start in range(0, len(todo), size)]
-    with open(out / JOURNAL, "ab") as journal:
+    with config.naming(out / JOURNAL), open(out / JOURNAL, "ab") as journal:
         for rows in run_chunks(chunks, root, out, options):
             lines = [row.line() for row in rows]
             journal.write("".join(lines).encode(errors="surrogateescape"))
@@ -352,22 +380,24 @@ class Worker:
     def process(self, chunk: list[Photo]) -> list[Row]:
         """Read, detect, align and write a chunk of photos -> their rows."""
         rows: list[Row] = []
-        held: list[tuple[Photo, np.ndarray]] = []
+        held: list[tuple[Photo, np.ndarray, str]] = []
         for photo in chunk:
             try:
-                held.append((photo, read_image(self.root / photo.source, self.options.max_pixels)))
+                notes: Counter = Counter()
+                image = read_image(self.root / photo.source, self.options.max_pixels, notes)
+                held.append((photo, image, ", ".join(notes)))
             except UnreadableImage as error:
                 rows.append(Row(photo.source, photo.identity, "", REJECTED, str(error)))
-            if sum(image.shape[0] * image.shape[1] for _, image in held) > BUFFER_PIXELS:
+            if sum(image.shape[0] * image.shape[1] for _, image, _ in held) > BUFFER_PIXELS:
                 rows += self._align(held)
                 held = []
         return rows + self._align(held)
 
-    def _align(self, held: list[tuple[Photo, np.ndarray]]) -> list[Row]:
-        found = self.detector.detect([image for _, image in held])
-        return [self._row(*pair, faces) for pair, faces in zip(held, found, strict=True)]
+    def _align(self, held: list[tuple[Photo, np.ndarray, str]]) -> list[Row]:
+        found = self.detector.detect([image for _, image, _ in held])
+        return [self._row(*one, faces) for one, faces in zip(held, found, strict=True)]
 
-    def _row(self, photo: Photo, image: np.ndarray, faces: Faces) -> Row:
+    def _row(self, photo: Photo, image: np.ndarray, note: str, faces: Faces) -> Row:
         height, width = image.shape[:2]
         row = Row(photo.source, photo.identity, "", REJECTED, NO_FACE, width, height, len(faces))
         if not len(faces):
@@ -385,7 +415,7 @@ class Worker:
         if matrix is None or align_faces.fit_residual(landmarks, matrix) > align_faces.MAX_RESIDUAL:
             return replace(row, reason=NO_SHAPE)
         write_crop(self.out / photo.image, align_faces.warp(image, matrix))
-        return replace(row, image=photo.image, status=ALIGNED, reason="")
+        return replace(row, image=photo.image, status=ALIGNED, reason=note)
 
 
 def write_crop(path: Path, crop: np.ndarray) -> None:
@@ -469,6 +499,9 @@ def summarize(rows: list[Row], listing: Listing, out: Path, rate: float | None) 
     several = sum(row.faces > 1 for row in rows)
     print(f"{out}: {len(rows):,} photos of {listing.identities:,} identities")
     print(f"  aligned     {status[ALIGNED]:9,}   ({several:,} photos have several faces)")
+    notes = Counter(row.reason for row in rows if row.status == ALIGNED and row.reason)
+    for note, count in notes.most_common():
+        print(f"    {count:9,}  of them: {note}")
     if status[UNDETECTED]:
         names = [row.source for row in rows if row.status == UNDETECTED]
         said = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
@@ -476,7 +509,13 @@ def summarize(rows: list[Row], listing: Listing, out: Path, rate: float | None) 
     print(f"  rejected    {status[REJECTED]:9,}")
     for reason, count in reasons.most_common():
         print(f"    {count:9,}  {reason}")
+    if status[EXCLUDED]:
+        people = len({row.identity for row in rows if row.status == EXCLUDED})
+        print(f"  excluded    {status[EXCLUDED]:9,}   photos of {people:,} identities, by name")
+    people = Counter(row.identity for row in rows if row.status == ALIGNED)
+    single = sum(count == 1 for count in people.values())
     for count, what in (
+        (single, "identities have one aligned photo (train.py --min-images 2 leaves them out)"),
         (listing.others, "other files were left"),
         (listing.homeless, "photos outside any identity's folder were left"),
         (listing.empty, "identities have no photo"),

@@ -94,11 +94,17 @@ def main(options: TrainOptions) -> int:
         return 0
 
     # ---- data
-    faces = data_gen.load_faces(options.data, options.min_images)
+    faces = data_gen.load_faces(options.data, options.min_images, options.skip_bad)
     distributed.say(
         f"{len(faces):,} photos of {len(faces.identities):,} identities in {options.data}"
         + (f" ({faces.left_out:,} others have no face, or too few)" if faces.left_out else "")
     )
+    if faces.damaged and distributed.rank() == 0:
+        print(
+            f"WARNING: {len(faces.damaged):,} damaged records are left out, see skipped.txt: "
+            f"{faces.damaged[0]}",
+            file=sys.stderr,
+        )
     faces, validation = make_validation(faces, options)
     check_data(faces, options)
     distributed.say(f"validation: {validation.what}" if validation else "no validation")
@@ -108,6 +114,9 @@ def main(options: TrainOptions) -> int:
     if first:
         run.mkdir(parents=True, exist_ok=True)
     with checkpoint.lock(run) if first else nullcontext(), Stop() as stop:
+        if first and faces.damaged:
+            lines = "".join(f"{line}\n" for line in faces.damaged)
+            checkpoint.write_atomic(run / "skipped.txt", lines.encode())
         try:
             code = train(run, options, faces, validation, device, amp, stop)
         except RuntimeError as error:
@@ -202,7 +211,8 @@ def with_defaults(options: TrainOptions) -> TrainOptions:
     data, resume = options.data, options.resume
     if data is None and config.RAW.exists():
         data = config.DATA / "faces"
-    name = options.name or options.recipe or (data.name if data else "demo")
+    folder = data.parent if data and data.suffix == ".rec" else data
+    name = options.name or options.recipe or (folder.resolve().name if folder else "demo")
     begun = (options.runs / name / checkpoint.LAST).exists()
     if data is None:
         distributed.say("No --data and no data/raw: using the embedded faces (data/synthetic).")

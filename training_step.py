@@ -234,7 +234,7 @@ def check_finite(
     bad = (~entropy.isfinite()).nonzero()[:, 0].tolist()
     if not bad and (not loss_ok or distributed.rank()):
         raise SystemExit(2)  # another rank tells
-    named = [faces.images[batch.indices[row]] for row in (bad or range(len(entropy)))[:4]]
+    named = [faces.name(int(batch.indices[row])) for row in (bad or range(len(entropy)))[:4]]
     said = f"loss {entropy.mean().item():g} and gradient norm {norm.item():g}"
     if net.scaler.is_enabled() and loss_ok:
         said = f"{net.overflows} updates in a row overflowed in fp16"

@@ -6,7 +6,7 @@
 Never LFW's View 2: that is the test. Legend of shapes: P crops, E embedding size.
 """
 
-from pathlib import Path
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -23,9 +23,16 @@ class Validation:
     """Crops and pairs that are scored after each epoch."""
 
     def __init__(
-        self, paths: list[Path], pairs: np.ndarray, same: np.ndarray, fold: np.ndarray, what: str
+        self,
+        photos: int,
+        read: Callable[[int], np.ndarray],
+        pairs: np.ndarray,
+        same: np.ndarray,
+        fold: np.ndarray,
+        what: str,
     ):
-        self.paths, self.pairs, self.same, self.fold, self.what = paths, pairs, same, fold, what
+        self.photos, self.read = photos, read  # index -> uint8 (112, 112, 3)
+        self.pairs, self.same, self.fold, self.what = pairs, same, fold, what
 
     def accuracy(self, backbone: nn.Module, device: torch.device, size: int = 64) -> float:
         """Share of pairs told right, the threshold chosen on the other folds.
@@ -33,18 +40,18 @@ class Validation:
         The ranks share the crops; each gets the figure.
         """
         distributed.copy_buffers(backbone)
-        most = -(-len(self.paths) // distributed.ranks())  # of a rank, the last ones have fewer
-        paths = self.paths[distributed.rank() * most :][:most]
+        most = -(-self.photos // distributed.ranks())  # of a rank, the last ones have fewer
+        mine = range(self.photos)[distributed.rank() * most :][:most]
         table = torch.zeros(most, 0, device=device)
         backbone.eval()
-        for start in range(0, len(paths), size):
-            crops = [data_gen.read_crop(path) for path in paths[start : start + size]]
+        for start in range(0, len(mine), size):
+            crops = [self.read(index) for index in mine[start : start + size]]
             part = torch.from_numpy(utils.embed(backbone, np.stack(crops))).to(device)
             if not start:
                 table = part.new_zeros(most, part.shape[1])
             table[start : start + len(part)] = part
         backbone.train()
-        table = distributed.gather(table)[: len(self.paths)].cpu().numpy()  # (P, E)
+        table = distributed.gather(table)[: self.photos].cpu().numpy()  # (P, E)
         if not np.isfinite(table).all():
             raise InputError("the network gives embeddings that are not finite: lower --lr")
         angles = protocol.theta(table[self.pairs[:, 0]], table[self.pairs[:, 1]])
@@ -64,9 +71,12 @@ def make_validation(
             )
         photos, left, right = data_gen.find_photos(pairs, options.val_data)
         what = f"{len(pairs):,} pairs of {options.val_pairs}"
-        paths = [photo.crop for photo in photos]
         both = np.stack([left, right], axis=1)  # (P, 2)
-        return faces, Validation(paths, both, pairs.same, pairs.fold, what)
+
+        def read(index: int) -> np.ndarray:
+            return data_gen.read_crop(photos[index].crop)
+
+        return faces, Validation(len(photos), read, both, pairs.same, pairs.fold, what)
     rest, held_out = data_gen.hold_out(faces, options.val_identities, options.seed)
     if held_out is None:
         return faces, None
@@ -78,5 +88,4 @@ def make_validation(
         f"{len(pairs):,} pairs of {len(held_out):,} photos of "
         f"{len(held_out.identities)} held-out identities"
     )
-    paths = [held_out.path(index) for index in range(len(held_out))]
-    return rest, Validation(paths, pairs, same, fold, what)
+    return rest, Validation(len(held_out), held_out.read, pairs, same, fold, what)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import manifest
+import recordio
 from images import write_jpeg
 from manifest import ALIGNED, Row
 
@@ -56,6 +58,18 @@ def make_prepared(folder: Path, identities: int, photos: int, seed: int = 0) -> 
             rows.append(Row(f"{name}/{photo:02d}.jpg", name, image, ALIGNED))
     lines = [manifest.csv_line(list(manifest.COLUMNS)), *(row.line() for row in rows)]
     (folder / manifest.NAME).write_text("".join(lines))
+    return folder
+
+
+def write_records(folder: Path, records: Iterable[tuple]) -> Path:
+    """Records of (labels, payload) -> folder/train.rec and train.idx."""
+    folder.mkdir(exist_ok=True)
+    data, lines = b"", []
+    for number, (labels, payload) in enumerate(records):
+        lines.append(f"{number}\t{len(data)}\n")
+        data += recordio.encode(recordio.content(labels, number, payload))
+    (folder / "train.rec").write_bytes(data)
+    (folder / "train.idx").write_text("".join(lines))
     return folder
 
 

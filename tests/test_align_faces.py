@@ -118,7 +118,7 @@ def test_is_the_least_squares_optimum():
     ],
     ids=["nan", "one nan", "inf", "-inf", "huge", "zero", "equal", "nearly equal", "tiny"],
 )
-def test_degenerate_landmarks_give_none(points):
+def test_row12_degenerate_landmarks_give_none(points):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert similarity_transform(points) is None
@@ -145,7 +145,7 @@ def _is_similarity_or_none(points):
 
 @settings(max_examples=300, deadline=None)
 @given(st_numpy.arrays(np.float64, (5, 2), elements=st.floats(allow_nan=True, allow_infinity=True)))
-def test_any_floats_give_a_similarity_or_none(points):
+def test_row12_any_floats_give_a_similarity_or_none(points):
     _is_similarity_or_none(points)
 
 
@@ -171,7 +171,7 @@ def test_residual_of_a_perfect_fit_and_of_a_known_shift():
 @pytest.mark.parametrize(
     "order", [[1, 0, 2, 3, 4], [0, 1, 2, 4, 3], [1, 0, 2, 4, 3]], ids=["eyes", "mouth", "both"]
 )
-def test_swapped_landmarks_exceed_the_bound(order, turn):
+def test_row12_swapped_landmarks_exceed_the_bound(order, turn):
     for squeeze in (1.0, 0.7, 0.4):  # frontal to nearly in profile
         points = map_points(_matrix(0.7, turn, (60, 60)), TEMPLATE * (squeeze, 1))
         assert fit_residual(points, similarity_transform(points)) < MAX_RESIDUAL
@@ -185,7 +185,7 @@ def test_swapped_landmarks_exceed_the_bound(order, turn):
     st.floats(0, 180),
     st.tuples(st.floats(0, 250), st.floats(0, 250)),
 )
-def test_points_on_a_line_exceed_the_bound(along, degrees, start):
+def test_row12_points_on_a_line_exceed_the_bound(along, degrees, start):
     turn = np.deg2rad(degrees)
     points = start + along[:, None] * [np.cos(turn), np.sin(turn)]
     matrix = similarity_transform(points)

@@ -3,6 +3,7 @@
 import io
 import os
 import tarfile
+import tracemalloc
 import zipfile
 
 import pytest
@@ -57,7 +58,7 @@ def test_photos_are_taken_and_others_counted(tmp_path, kind):
     "name", ["../evil.jpg", "/tmp/evil.jpg", "a/../../evil.jpg", "C:\\evil.jpg"]
 )
 @pytest.mark.parametrize("kind", ["tgz", "zip"])
-def test_a_path_that_leaves_refuses_the_whole(tmp_path, name, kind):
+def test_row14_a_path_that_leaves_refuses_the_whole(tmp_path, name, kind):
     folder = tmp_path / "work"
     folder.mkdir()
     path = folder / f"a.{kind}"
@@ -73,7 +74,7 @@ def test_a_path_that_leaves_refuses_the_whole(tmp_path, name, kind):
     assert not list(tmp_path.rglob("evil*"))
 
 
-def test_links_and_devices_are_counted_and_never_made(tmp_path):
+def test_row14_links_and_devices_are_counted_and_never_made(tmp_path):
     secret = tmp_path / "secret.jpg"
     secret.write_bytes(b"secret")
     path = tmp_path / "a.tgz"
@@ -96,7 +97,7 @@ def test_links_and_devices_are_counted_and_never_made(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["tgz", "zip"])
-def test_a_bomb_is_refused(tmp_path, kind):
+def test_row14_a_bomb_is_refused(tmp_path, kind):
     path, zeros = tmp_path / f"a.{kind}", bytes(50 << 20)
     if kind == "zip":
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
@@ -171,6 +172,23 @@ def test_a_killed_unpacking_starts_over(tmp_path):
     tar(tmp_path / "a.tgz", [("id/1.jpg", b"x")])
     unpack(tmp_path / "a.tgz", tmp_path / "out")
     assert files(tmp_path / "out") == ["id/1.jpg"] and not (tmp_path / "out.part").exists()
+
+
+@pytest.mark.slow
+def test_row14_many_members_take_no_memory(tmp_path):
+    """100,000 members within 20 MB; tarfile by itself keeps 1 kB of each."""
+    with tarfile.open(tmp_path / "a.tar", "w") as file:
+        file.fileobj.write(b"".join(
+            tarfile.TarInfo(f"id/{number}.txt").tobuf() for number in range(100_000)
+        ))  # fmt: skip
+        file.offset = file.fileobj.tell()
+    tracemalloc.start()
+    try:
+        skipped = unpack(tmp_path / "a.tar", tmp_path / "out")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert skipped["other files"] == 100_000 and peak < 20e6
 
 
 def test_a_wrapper_is_stripped_only_when_it_holds_only_folders(tmp_path):

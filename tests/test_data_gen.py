@@ -1,10 +1,12 @@
 """The face set, its order, augmentation and loader. Run: python -m pytest tests/test_data_gen.py"""
 
 import itertools
+import json
 import multiprocessing
 import os
 import shutil
 import signal
+import struct
 import time
 
 import numpy as np
@@ -13,9 +15,12 @@ import torch
 
 import data_gen
 import manifest
+import packing
+import recordio
 from config import InputError
-from conftest import make_prepared
+from conftest import make_prepared, write_records
 from data_gen import RunSampler, augment, batches, hold_out, load_faces, make_loader, make_pairs
+from images import jpeg_bytes
 
 
 def loaded(faces, workers: int, start: int = 0, kind: str = "strong", epochs: int = 2):
@@ -133,7 +138,7 @@ def test_batches_are_what_the_set_holds(prepared):
     assert batch.crops.shape == (16, 112, 112, 3) and batch.crops.dtype == torch.uint8
     for crop, label, index in zip(*batch, strict=True):
         assert label == faces.labels[index]
-        assert np.array_equal(crop.numpy(), data_gen.read_crop(faces.path(index)))
+        assert np.array_equal(crop.numpy(), data_gen.read_crop(faces.folder / faces.images[index]))
 
 
 def test_the_loader_leaves_the_global_generator_alone(prepared):
@@ -154,6 +159,136 @@ def test_row31_a_photo_lost_or_damaged_since_is_named(prepared, tmp_path, worker
     bad.unlink()
     with pytest.raises(InputError, match=r"id010/03\.jpg: no such file"):
         loaded(faces, workers)
+
+
+# --------------------------------------------------------------------------------------------------
+# RecordIO
+
+
+def write_set(folder, counts, labels=float, ranges=True):
+    """A set as InsightFace lays it out, of patterned crops; `labels` makes a record's label."""
+    header, spans = recordio.framing(counts)
+    people = np.repeat(np.arange(len(counts)), counts).tolist()
+    pattern = np.random.default_rng(0).integers(0, 256, (len(people), 112, 112, 3), dtype=np.uint8)
+    photos = [
+        (labels(label), jpeg_bytes(image)) for label, image in zip(people, pattern, strict=True)
+    ]
+    if ranges:
+        photos = [(header, b""), *photos, *((span, b"") for span in spans)]
+    return write_records(folder, photos)
+
+
+def test_training_reads_what_mxnet_wrote(shared):
+    folder = shared / "fixtures/recordio"
+    faces = load_faces(folder)
+    expected = json.loads((folder / "expected.json").read_text())["images"]
+    assert faces.labels.tolist() == [known["label"] for known in expected.values()]
+    assert faces.identities == [f"{label:08d}" for label in range(5)] and faces.left_out == 0
+    for index in range(len(faces)):
+        assert faces.read(index).shape == (112, 112, 3)
+    assert faces.name(3) == "train.rec record 4"
+    assert len(load_faces(folder / "train.rec", min_images=5)) == 10  # two identities have five
+    assert load_faces(folder, 5).left_out == 12
+
+
+def test_the_same_batches_from_records_whatever_the_workers(tmp_path):
+    faces = load_faces(write_set(tmp_path / "set", (10, 12, 15)))
+    whole = loaded(faces, workers=0)
+    for crop, label, index in zip(*loaded(faces, 0, kind="none")[0], strict=True):
+        assert np.array_equal(crop.numpy(), faces.read(index)) and label == faces.labels[index]
+    for one, other in zip(whole, loaded(faces, workers=2), strict=True):
+        assert all(torch.equal(left, right) for left, right in zip(one, other, strict=True))
+
+
+def test_labels_without_ranges_are_read_once_and_kept(tmp_path, capsys):
+    folder = write_set(tmp_path / "set", (3, 2, 4), labels=lambda n: (n, 0.0), ranges=False)
+    first = load_faces(folder)
+    assert "Reading the labels of 9 records" in capsys.readouterr().out
+    again = load_faces(folder)
+    assert "Reading" not in capsys.readouterr().out
+    assert first.labels.tolist() == again.labels.tolist() == [0, 0, 0, 1, 1, 2, 2, 2, 2]
+    assert first.digest() == again.digest()
+    cache = folder / "train.labels.npz"
+    cache.write_bytes(cache.read_bytes()[:-30])  # a damaged one is made again
+    assert load_faces(folder).labels.tolist() == first.labels.tolist()
+    write_set(folder, (4, 5), ranges=False)  # of another set, too
+    os.utime(folder / "train.rec", ns=(1, 1))
+    assert load_faces(folder).labels.tolist() == [0] * 4 + [1] * 5
+
+
+def test_labels_with_gaps_become_dense_classes(tmp_path):
+    folder = write_set(tmp_path / "set", (3, 2, 4), labels=lambda n: float((7, 300, 10)[n]))
+    faces = load_faces(folder)
+    assert faces.identities == ["00000007", "00000010", "00000300"]
+    assert faces.labels.tolist() == [0, 0, 0, 2, 2, 1, 1, 1, 1]
+    train, held = hold_out(load_faces(write_set(tmp_path / "big", (3,) * 30)), 10, seed=0)
+    assert len(held.identities) == 3 and len(train) == 81
+    both = np.sort(np.concatenate([train.numbers, held.numbers]))
+    assert both.tolist() == list(range(1, 91))
+
+
+def test_row16_skip_bad_leaves_out_damaged_records_and_says_which(tmp_path):
+    folder = write_set(tmp_path / "set", (3, 2, 4))
+    starts = recordio.RecordFile(folder / "train.rec").starts
+    with open(folder / "train.rec", "r+b") as file:
+        for number in (2, 7):
+            file.seek(int(starts[number]))
+            file.write(b"\0\0\0\0")
+    faces = load_faces(folder, skip_bad=True)
+    assert faces.labels.tolist() == [0, 0, 1, 1, 2, 2, 2] and faces.left_out == 2
+    assert faces.numbers.tolist() == [1, 3, 4, 5, 6, 8, 9]
+    for number, line in zip((2, 7), faces.damaged, strict=True):
+        assert f"record {number} at offset {starts[number]} starts with 00000000" in line
+    assert load_faces(folder, skip_bad=True).damaged == faces.damaged  # from the cache
+    # Without it: refused when the record is read, or at the start where all labels are.
+    with pytest.raises(InputError, match="record 2 at offset"):
+        load_faces(folder).read(1)
+    bare = write_set(tmp_path / "bare", (3, 2, 4), ranges=False)
+    with open(bare / "train.rec", "r+b") as file:
+        file.seek(12)
+        file.write(struct.pack("<f", 1.5))
+    with pytest.raises(InputError, match=r"record 0 at offset 0 has the label 1\.5.*--skip-bad"):
+        load_faces(bare)
+    assert len(load_faces(bare, skip_bad=True)) == 8
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_of_a_record_that_does_not_decode_is_named(tmp_path, workers):
+    folder = write_set(tmp_path / "set", (20, 20))
+    starts = recordio.RecordFile(folder / "train.rec").starts
+    with open(folder / "train.rec", "r+b") as file:
+        file.seek(int(starts[5]) + 32)
+        file.write(b"no jpeg!")
+    with pytest.raises(InputError, match="the image of record 5 is unusable"):
+        loaded(load_faces(folder), workers)
+
+
+def test_a_packed_set_is_the_same_set(prepared, tmp_path):
+    folder = shutil.copytree(prepared, tmp_path / "set")
+    plain = load_faces(folder)
+    pairs = [(image.split("/")[1], image) for image in plain.images]
+    packing.pack(folder, pairs, lambda _: None)
+    packed = load_faces(folder)
+    assert packed.records is not None and plain.records is None
+    assert packed.digest() == plain.digest() and packed.identities == plain.identities
+    for index in range(len(plain)):
+        assert np.array_equal(packed.read(index), plain.read(index))
+    held = hold_out(packed, 200, seed=0)[1], hold_out(plain, 200, seed=0)[1]
+    assert held[0].digest() == held[1].digest()
+    assert np.array_equal(held[0].read(4), held[1].read(4))
+    moved = shutil.copytree(folder, tmp_path / "moved", ignore=shutil.ignore_patterns("*.csv"))
+    alone = load_faces(moved)
+    assert alone.labels.tolist() == plain.labels.tolist() and alone.images is None
+
+
+def test_a_stale_pack_is_not_trained_on(prepared, tmp_path, capsys):
+    folder = shutil.copytree(prepared, tmp_path / "set")
+    plain = load_faces(folder)
+    pairs = [(image.split("/")[1], image) for image in plain.images]
+    packing.pack(folder, pairs[:-1], lambda _: None)
+    faces = load_faces(folder)
+    assert faces.records is None and "not used" in capsys.readouterr().out
+    assert faces.digest() == plain.digest()
 
 
 @pytest.fixture(scope="module")

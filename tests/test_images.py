@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from images import UnreadableImage, jpeg_bytes, read_image, write_jpeg
+from images import UnreadableImage, decode_image, jpeg_bytes, read_image, write_jpeg
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def test_what_is_written_is_read_again(tmp_path, picture):
     assert np.abs(read.astype(int) - picture).mean() < 2
 
 
-def test_unusable_files_are_named(tmp_path, picture):
+def test_row1_row2_row3_unusable_files_are_named(tmp_path, picture):
     data = jpeg_bytes(picture)
     cases = {
         "empty.jpg": b"",
@@ -53,7 +53,22 @@ def test_unusable_files_are_named(tmp_path, picture):
     assert reason(tmp_path / "header.jpg")
 
 
-def test_what_is_no_file_is_named(tmp_path):
+def test_an_image_in_memory_is_read_as_a_file_is(tmp_path, picture):
+    data = jpeg_bytes(picture)
+    (tmp_path / "a.jpg").write_bytes(data)
+    assert np.array_equal(decode_image(data), read_image(tmp_path / "a.jpg"))
+    for bad, said in (
+        (b"", "empty file"),
+        (data[:-50], "truncated"),
+        (b"<html>404</html>", "not an image"),
+        (data, "too many pixels"),
+    ):
+        with pytest.raises(UnreadableImage, match=said):
+            decode_image(bad, max_pixels=3000 if bad is data else 3072)
+    assert decode_image(data, max_pixels=3072).shape == picture.shape
+
+
+def test_row3_what_is_no_file_is_named(tmp_path):
     (tmp_path / "folder.jpg").mkdir()
     (tmp_path / "dangling.jpg").symlink_to(tmp_path / "nowhere.jpg")
     (tmp_path / "loop.jpg").symlink_to(tmp_path / "loop.jpg")
@@ -64,7 +79,7 @@ def test_what_is_no_file_is_named(tmp_path):
     assert "symbolic links" in reason(tmp_path / "loop.jpg")
 
 
-def test_content_counts_and_not_the_name(tmp_path, picture):
+def test_row4_content_counts_and_not_the_name(tmp_path, picture):
     Image.fromarray(picture).save(tmp_path / "a.jpg", "PNG")
     Image.fromarray(picture).save(tmp_path / "b.png", "WEBP", lossless=True)
     notes = Counter()
@@ -74,7 +89,7 @@ def test_content_counts_and_not_the_name(tmp_path, picture):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation(tmp_path, picture, orientation):
+def test_row6_exif_orientation(tmp_path, picture, orientation):
     turned = {
         1: picture,
         2: picture[:, ::-1],
@@ -91,14 +106,14 @@ def test_exif_orientation(tmp_path, picture, orientation):
     assert np.array_equal(read_image(tmp_path / "a.png"), turned)
 
 
-def test_invalid_exif_turns_nothing(tmp_path, picture):
+def test_row6_invalid_exif_turns_nothing(tmp_path, picture):
     Image.fromarray(picture).save(
         tmp_path / "a.jpg", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff", quality=95
     )
     assert read_image(tmp_path / "a.jpg").shape == picture.shape
 
 
-def test_modes_become_rgb(tmp_path, picture):
+def test_row7_modes_become_rgb(tmp_path, picture):
     image = Image.fromarray(picture)
     for mode in ("L", "1", "P", "CMYK", "YCbCr", "LAB"):
         kind = "TIFF" if mode in ("CMYK", "YCbCr", "LAB") else "PNG"
@@ -111,7 +126,7 @@ def test_modes_become_rgb(tmp_path, picture):
     assert np.abs(read_image(tmp_path / "cmyk.jpg").astype(int) - picture).mean() < 8
 
 
-def test_transparency_is_laid_on_white(tmp_path):
+def test_row7_transparency_is_laid_on_white(tmp_path):
     clear = Image.new("RGBA", (32, 32), (10, 20, 30, 0))
     clear.save(tmp_path / "rgba.png")
     Image.new("LA", (32, 32), (10, 0)).save(tmp_path / "la.png")
@@ -122,7 +137,7 @@ def test_transparency_is_laid_on_white(tmp_path):
         assert (read_image(tmp_path / name) == 255).all()
 
 
-def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path):
+def test_row8_sixteen_bits_are_scaled_and_not_clipped(tmp_path):
     values = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
     for name in ("a.png", "a.tif"):
         Image.fromarray(values).save(tmp_path / name)
@@ -131,7 +146,7 @@ def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path):
         assert np.array_equal(read[..., 0], values >> 8)
 
 
-def test_of_an_animation_the_first_frame(tmp_path):
+def test_row9_of_an_animation_the_first_frame(tmp_path):
     frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
     for name in ("a.gif", "a.png"):
         frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
@@ -144,7 +159,7 @@ def test_of_an_animation_the_first_frame(tmp_path):
     ("size", "said"),
     [((1, 1), "too small"), ((15, 200), "too small"), ((20, 2000), "extreme aspect")],
 )
-def test_odd_sizes_are_refused(tmp_path, size, said):
+def test_row10_odd_sizes_are_refused(tmp_path, size, said):
     Image.new("RGB", size).save(tmp_path / "a.png")
     assert said in reason(tmp_path / "a.png")
 
@@ -166,7 +181,7 @@ def bomb(path, side: int) -> None:
     )
 
 
-def test_bombs_are_refused_before_decoding(tmp_path):
+def test_row5_bombs_are_refused_before_decoding(tmp_path):
     code = """
 import resource, sys
 from images import UnreadableImage, read_image
@@ -191,7 +206,7 @@ raise SystemExit(0 if grown < 200 else f"memory grew by {grown} MB")
     assert done.returncode == 0, done.stderr
 
 
-def test_file_names_of_every_kind(tmp_path, picture):
+def test_row11_file_names_of_every_kind(tmp_path, picture):
     for name in ("é ü 顔.jpg", "a b.jpg", "new\nline.jpg", "x" * 251 + ".jpg"):
         write_jpeg(tmp_path / name, picture)
         assert read_image(tmp_path / name).shape == picture.shape

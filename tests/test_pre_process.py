@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,12 +14,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import align_faces
 import manifest
 import pre_process
+from checkpoint import sha256
 from config import InputError, PreProcessOptions
+from data_gen import load_faces
+from detect_faces import Faces
 from images import read_image, write_jpeg
+from orphans import move_orphans
 from synthetic_faces import draw_face
 
 OPTIONS = PreProcessOptions(workers=0)
@@ -93,7 +99,7 @@ def test_the_crop_is_the_template_over_the_true_landmarks(raw, tmp_path):
     assert row.box[0] < truth[:, 0].min() and row.box[2] > truth[:, 0].max()
 
 
-def test_what_cannot_be_used_is_told_with_a_reason(spoiled, tmp_path, capsys):
+def test_row2_row13_what_cannot_be_used_is_told_with_a_reason(spoiled, tmp_path, capsys):
     pre_process.prepare(spoiled, tmp_path / "out", OPTIONS)
     found = rows(tmp_path / "out")
     assert found["ann/wall.jpg"].status == "rejected"
@@ -190,7 +196,7 @@ def test_crops_never_share_a_name():
     assert len({name.casefold() for name in names.values()}) == 4
 
 
-def test_file_names_of_every_kind(tmp_path):
+def test_row11_file_names_of_every_kind(tmp_path):
     photo = draw_face(0, 0, 0)[0]
     strange = [b"a b.jpg", "é顔.jpg".encode(), b"new\nline.jpg", b'quote",.jpg', b"bad\xff.jpg",
                "line\u2028sep.jpg".encode()]  # fmt: skip
@@ -216,6 +222,248 @@ def test_links_to_folders_are_followed_but_not_in_a_circle(raw, tmp_path):
     assert [photo.source for photo in listing.photos] == [
         *("ann/00.jpg", "ann/01.jpg", "ann/02.jpg", "me/1.jpg")
     ]
+
+
+class StubDetector:
+    """Two faces in each photo: landmarks by the photo's brightness, the central face second."""
+
+    def __init__(self, *_):
+        pass
+
+    def detect(self, images):
+        return [
+            Faces(
+                np.array([[0, 0, 30, 40], [60, 60, 120, 130]], dtype=float),
+                np.array([0.99, 0.9]),
+                np.stack([align_faces.TEMPLATE / 4, LANDMARKS[int(image.mean()) // 10]]),
+            )
+            for image in images
+        ]
+
+
+LANDMARKS = {
+    1: align_faces.TEMPLATE / 2 + 60,
+    2: np.full((5, 2), np.nan),
+    3: np.full((5, 2), 90.0),
+    4: np.linspace((60, 60), (120, 130), 5),  # on a line
+    5: align_faces.TEMPLATE[[1, 0, 2, 4, 3]] / 2 + 60,  # mirrored
+    6: np.full((5, 2), 1e12),
+}
+
+
+def test_row12_row13_landmarks_that_are_no_face_and_several_faces(tmp_path, monkeypatch, capsys):
+    (tmp_path / "photos/id").mkdir(parents=True)
+    for kind in LANDMARKS:
+        image = Image.new("RGB", (180, 180), (10 * kind + 5,) * 3)
+        image.save(tmp_path / f"photos/id/{kind}.png")
+    monkeypatch.setattr(pre_process, "FaceDetector", StubDetector)
+    for _ in range(2):
+        pre_process.prepare(tmp_path / "photos", tmp_path / "out", OPTIONS)
+    found = rows(tmp_path / "out")
+    assert [row.faces for row in found.values()] == [2] * 6
+    assert found["id/1.png"].status == "aligned" and found["id/1.png"].score == 0.9
+    assert np.array_equal(found["id/1.png"].landmarks, LANDMARKS[1].round(4))
+    for kind in range(2, 7):
+        row = found[f"id/{kind}.png"]
+        assert (row.status, row.reason) == ("rejected", pre_process.NO_SHAPE), kind
+    said = " ".join(capsys.readouterr().out.split())
+    assert "6 photos have several faces" in said and f"5 {pre_process.NO_SHAPE}" in said
+
+
+def test_row17_identities_of_one_photo_or_none_are_told(raw, tmp_path, capsys):
+    folder = shutil.copytree(raw, tmp_path / "photos")
+    (folder / "nobody").mkdir()
+    pre_process.prepare(folder, tmp_path / "out", OPTIONS)
+    said = capsys.readouterr().out
+    assert "1 identities have one aligned photo" in said and "1 identities have no photo" in said
+
+
+def test_row19_a_full_disk_names_the_file_and_loses_nothing(raw, tmp_path):
+    """A child may write 2,500 bytes a file: enough for the index, not for a crop."""
+    code = (
+        "import resource, signal, sys; sys.path.insert(0, sys.argv.pop(1));"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2500, 2500));"
+        "import config, pre_process;"
+        "config.run(pre_process.main, config.parse(config.PreProcessOptions, ''))"
+    )
+    folder, out = shutil.copytree(raw, tmp_path / "photos"), tmp_path / "out"
+    os.remove(folder / "eve/00.jpg")
+    pre_process.prepare(folder, out, OPTIONS)
+    before = tree(out)
+    shutil.copy(raw / "eve/00.jpg", folder / "eve/00.jpg")
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(pre_process.config.ROOT), "--src", str(folder),
+         "--out", str(out), "--workers", "0"],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    said = r"error: \S*images/eve/00\.jpg: File too large \([\d,]+ bytes free\); what .*\n"
+    assert re.fullmatch(said, done.stderr), done.stderr
+    after = tree(out)
+    after.pop(pre_process.JOURNAL)
+    assert after == before
+    pre_process.prepare(folder, out, OPTIONS)
+    pre_process.prepare(folder, tmp_path / "fresh", OPTIONS)
+    assert tree(out) == tree(tmp_path / "fresh")
+
+
+def test_row4_row9_what_is_unusual_is_told_once(raw, tmp_path, capsys):
+    folder = shutil.copytree(raw, tmp_path / "photos")
+    face = Image.fromarray(draw_face(0, 0, 1)[0])
+    face.save(folder / "ann/png.jpg", "PNG")
+    for name in ("a", "b"):
+        face.save(folder / f"ann/{name}.gif", save_all=True, append_images=[face.rotate(90)])
+    for _ in range(2):  # also where nothing is left to do
+        pre_process.prepare(folder, tmp_path / "out", OPTIONS)
+        said = " ".join(capsys.readouterr().out.split())
+        assert "2 of them: animated, first frame taken" in said
+        assert "1 of them: PNG inside, named otherwise" in said
+    found = rows(tmp_path / "out")
+    assert found["ann/png.jpg"].status == "aligned" and found["ann/01.jpg"].reason == ""
+
+
+def test_what_an_archive_held_besides_is_told_each_time(raw, tmp_path, capsys):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
+        file.write(raw / "eve/00.jpg", "eve/1.jpg")
+        file.writestr("eve/notes.txt", "x")
+    for _ in range(2):
+        pre_process.prepare(tmp_path / "a.zip", tmp_path / "out", OPTIONS)
+        assert "1 other files in the archive were left" in capsys.readouterr().out
+
+
+def test_crops_of_photos_that_are_gone_are_moved_aside(raw, tmp_path, capsys):
+    folder, out = shutil.copytree(raw, tmp_path / "photos"), tmp_path / "out"
+    pre_process.prepare(folder, out, OPTIONS)
+    crop = (out / "images/eve/00.jpg").read_bytes()
+    (out / "images/ann/mine.txt").write_text("not a crop")
+    shutil.rmtree(folder / "eve")
+    os.remove(folder / "bob/frontal/01.jpg")
+    pre_process.prepare(folder, out, OPTIONS)
+    assert "2 crops of photos that are gone or left out were moved" in capsys.readouterr().out
+    assert not (out / "images/eve").exists() and not (out / "images/bob/frontal").exists()
+    assert (out / "removed/eve/00.jpg").read_bytes() == crop
+    assert (out / "images/ann/mine.txt").exists()
+    pre_process.prepare(folder, tmp_path / "fresh", OPTIONS)
+    left = {name: data for name, data in tree(out).items()
+            if not name.startswith("removed") and name != "images/ann/mine.txt"}  # fmt: skip
+    assert left == tree(tmp_path / "fresh")
+
+
+def test_crops_of_an_unfinished_run_are_moved_aside_too(raw, tmp_path):
+    folder, out = shutil.copytree(raw, tmp_path / "photos"), tmp_path / "out"
+    pre_process.prepare(folder, out, OPTIONS)
+    lines = (out / "manifest.csv").read_text().splitlines(keepends=True)
+    os.remove(out / "manifest.csv")
+    (out / pre_process.JOURNAL).write_text("".join(lines[1:]))
+    os.remove(folder / "ann/02.jpg")
+    pre_process.prepare(folder, out, OPTIONS)
+    assert (out / "removed/ann/02.jpg").exists() and not (out / "images/ann/02.jpg").exists()
+
+
+def test_only_crops_are_moved(tmp_path):
+    (tmp_path / "photo.jpg").write_bytes(b"x")
+    out = tmp_path / "out"
+    (out / "images").mkdir(parents=True)
+    (out / "manifest.csv").write_bytes(b"x")
+    (out / "images/link.jpg").symlink_to(tmp_path / "photo.jpg")
+    names = ["../photo.jpg", "images/../../photo.jpg", "manifest.csv", "images/link.jpg", "images",
+             str(tmp_path / "photo.jpg"), "images/none.jpg"]  # fmt: skip
+    before = tree(tmp_path)
+    assert move_orphans(out, names) == 0 and tree(tmp_path) == before
+
+
+def test_identities_of_a_test_list_are_left_out(raw, tmp_path, capsys):
+    (tmp_path / "people.txt").write_text("1\n2\nANN\t3\nEve_Online\t1\n")
+    out, options = tmp_path / "out", dataclasses.replace(
+        OPTIONS, exclude_names=tmp_path / "people.txt"
+    )  # fmt: skip
+    pre_process.prepare(raw, out, options)
+    found = rows(out)
+    assert {name: row.status for name, row in found.items()} == {
+        name: "excluded" if name.startswith("ann") else "aligned" for name in found
+    }
+    assert found["ann/00.jpg"].reason == "named like ANN in people.txt"
+    assert "excluded 3 photos of 1 identities" in " ".join(capsys.readouterr().out.split())
+    assert not (out / "images/ann").exists() and list(found) == sorted(found)
+    pre_process.prepare(raw, out, options)  # again: nothing changes
+    assert rows(out)["ann/00.jpg"].status == "excluded"
+    # Without the list they come back, and with it they go again: as if it had been so at first.
+    pre_process.prepare(raw, out, OPTIONS)
+    pre_process.prepare(raw, tmp_path / "plain", OPTIONS)
+    assert tree(out) == tree(tmp_path / "plain")
+    pre_process.prepare(raw, out, options)
+    pre_process.prepare(raw, tmp_path / "excluded", options)
+    assert (out / "removed/ann/00.jpg").exists()
+    shutil.rmtree(out / "removed")
+    assert tree(out) == tree(tmp_path / "excluded")
+
+
+def test_lists_of_names_that_cannot_be_used(raw, tmp_path):
+    names = tmp_path / "people.txt"
+    for options, said in (
+        ({"exclude_names": names}, "can't be read"),
+        ({"test_names": names, "report": True}, "can't be read"),
+        ({"test_names": names}, "can't be read"),
+    ):
+        with pytest.raises(InputError, match=said):
+            pre_process.main(PreProcessOptions(src=raw, out=tmp_path / "out", **options))
+    names.write_text("ann\nbob\neve\n")
+    with pytest.raises(InputError, match="add --report"):
+        pre_process.main(PreProcessOptions(src=raw, out=tmp_path / "out", test_names=names))
+    options = dataclasses.replace(OPTIONS, exclude_names=names)
+    assert "names every identity" in refused(raw, tmp_path / "out", options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_pack_and_report_of_a_set_that_is_prepared(script, raw, tmp_path):
+    out = tmp_path / "out"
+    pre_process.prepare(raw, out, OPTIONS)
+    before = tree(out)
+    done = script("pre_process.py", "--out", out, "--pack", "--report")
+    assert done.returncode == 0, done.stderr
+    assert "6 crops" in done.stdout and str(out / "report.html") in done.stdout
+    after = tree(out)
+    assert {name: after[name] for name in before} == before
+    assert set(after) - set(before) == {
+        *("train.rec", "train.idx", "property", "train.pack.json", "report.html")
+    }
+    faces = load_faces(out)
+    assert faces.records is not None and len(faces) == 6
+    both = dataclasses.replace(OPTIONS, pack=True, report=True)
+    pre_process.prepare(raw, tmp_path / "once", both)
+    once = tree(tmp_path / "once")
+    assert {**once, "report.html": after["report.html"]} == after  # its title is the folder's name
+
+
+def test_a_lost_crop_refuses_the_pack_and_loses_nothing(raw, tmp_path):
+    out = tmp_path / "out"
+    pre_process.prepare(raw, out, OPTIONS)
+    os.remove(out / "images/ann/00.jpg")
+    before = tree(out)
+    with pytest.raises(InputError, match=r"ann/00\.jpg is lost or cut off"):
+        pre_process.main(PreProcessOptions(out=out, pack=True))
+    assert {name: data for name, data in tree(out).items() if ".tmp" not in name} == before
+
+
+def test_row15_download_prepares_a_test_set(raw, tmp_path, monkeypatch):
+    """The published archive and lists, but from localhost and small."""
+    with zipfile.ZipFile(tmp_path / "lfw.zip", "w") as file:
+        for path in raw.rglob("*.jpg"):
+            file.write(path, "lfw_funneled" / path.relative_to(raw))
+    (tmp_path / "pairs.txt").write_text("1\t1\n")
+    monkeypatch.setattr(pre_process.config, "DATA", tmp_path / "data")
+    for name, files in (("LFW", ["lfw.zip"]), ("LFW_PAIRS", ["pairs.txt"])):
+        made = [
+            pre_process.download.File(file, (tmp_path / file).as_uri(), sha256(tmp_path / file))
+            for file in files
+        ]
+        monkeypatch.setattr(pre_process.download, name, made[0] if name == "LFW" else made)
+    pre_process.main(PreProcessOptions(download="lfw", workers=0))
+    assert len(rows(tmp_path / "data/lfw")) == 6
+    assert (tmp_path / "data/lfw/pairs.txt").read_text() == "1\t1\n"
+    with pytest.raises(InputError, match="leave one out"):
+        pre_process.main(PreProcessOptions(download="lfw", src=raw))
 
 
 def refused(src: Path, out: Path, options: PreProcessOptions = OPTIONS) -> str:
@@ -303,7 +551,7 @@ def test_other_settings_or_another_source_are_refused(raw, tmp_path):
     assert tree(out) == before
 
 
-def test_two_runs_at_once_the_second_is_refused(raw, tmp_path):
+def test_row20_two_runs_at_once_the_second_is_refused(raw, tmp_path):
     (tmp_path / "out").mkdir()
     with pre_process.lock(tmp_path / "out"):
         assert f"process {os.getpid()}" in refused(raw, tmp_path / "out")
@@ -318,7 +566,7 @@ def test_bad_input_from_the_shell(script, tmp_path):
 
 
 @pytest.mark.slow
-def test_kills_lose_nothing(tmp_path):
+def test_row18_kills_lose_nothing(tmp_path):
     """SIGKILL at 20 random moments, then to the end: the same bytes as without a kill."""
     rng = np.random.default_rng(0)
     src = tmp_path / "photos"

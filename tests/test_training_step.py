@@ -40,7 +40,7 @@ def batch() -> data_gen.Batch:
 def faces(tmp_path) -> data_gen.FaceSet:
     names = [f"photo{number}.jpg" for number in range(200)]
     labels = torch.arange(200).remainder(C).numpy()
-    return data_gen.FaceSet(tmp_path, names, labels, [f"id{c}" for c in range(C)])
+    return data_gen.FaceSet(tmp_path, labels, [f"id{c}" for c in range(C)], names)
 
 
 def build(options: TrainOptions, amp: torch.dtype | None = None) -> training_step.Net:
