@@ -88,6 +88,8 @@ def main(options: TrainOptions) -> int:
     check_options(options, distributed.ranks())
     if options.threads:
         torch.set_num_threads(options.threads)
+    if device.type == "cpu":
+        utils.keep_freed_memory()
     amp = pick_amp(options.amp, device)
     run = options.runs / options.name
     if open_run(run, options) == "finished":

@@ -11,7 +11,8 @@ head    forward and backward of the margin head against the dense one-hot way an
 loader  photos decoded and augmented by one process
 
 The ways take turns, so that whatever else the machine does hits all; medians are printed, as
-Markdown. Legend of shapes: N batch, C identities, E embedding size.
+Markdown. The ways of a step run in processes of their own, since train.py sets up its process.
+Legend of shapes: N batch, C identities, E embedding size.
 """
 
 import math
@@ -46,7 +47,7 @@ E = 512
 @dataclass(frozen=True)
 class Options:
     what: str = config.option(
-        "all", "part of it", choices=("all", "step", "head", "loader", "memory")
+        "all", "part of it", choices=("all", "step", "head", "loader", "memory", "turns")
     )
     networks: str = config.option("r18,r50", "of the step, with commas")
     batch_size: int = config.option(0, "of the step (0: 32 on a CPU, 256 on CUDA)", low=0)
@@ -56,7 +57,7 @@ class Options:
     turns: int = config.option(5, "of each way", low=1)
     threads: int = config.option(2, "CPU threads", low=1)
     device: str = config.option("auto", "auto, cpu or cuda")
-    way: str = config.option("", "for --what memory: the way that is measured")
+    way: str = config.option("", "for memory and turns, which this script calls for itself")
 
 
 def main(options: Options) -> None:
@@ -64,6 +65,9 @@ def main(options: Options) -> None:
     device = utils.pick_device(options.device)
     if options.what == "memory":
         print(peak_memory(options.way, options, device))
+        return
+    if options.what == "turns":
+        take_turns(options, device)
         return
     print(f"{utils.hardware(device)}, torch {torch.__version__}, commit {utils.commit()}\n")
     if options.what in ("all", "step"):
@@ -95,21 +99,68 @@ def turns(ways: dict[str, Callable[[], object]], count: int, device: torch.devic
 
 def step(network: str, options: Options, device: torch.device) -> None:
     size = options.batch_size or (256 if device.type == "cuda" else 32)
-    crops = torch.randint(256, (size, 112, 112, 3), dtype=torch.uint8)
-    batch = data_gen.Batch(crops, torch.randint(1000, (size,)), torch.arange(size))
-    ours = our_step(network, batch, device)
-    repeats = 20 if device.type == "cuda" else 1
-    ways = {"official way": official_step(network, batch, device), "train.py": ours}
-    repeated = {name: lambda run=run: [run() for _ in range(repeats)] for name, run in ways.items()}
-    seconds = turns(repeated, options.turns, device)
-    print(f"| training step, {network}, batch {size} | photos/s | ratio |\n|---|---|---|")
+    workers = {name: StepProcess(name, network, size, options, device) for name in STEPS}
+    seconds = turns(workers, options.turns, torch.device("cpu"))
+    peaks = {name: worker.close() for name, worker in workers.items()}
+    print(
+        f"| training step, {network}, batch {size} | photos/s | ratio | GB at the peak |\n"
+        "|---|---|---|---|"
+    )
     base = seconds["official way"]
     for name, taken in seconds.items():
-        print(f"| {name} | {size * repeats / taken:.1f} | {base / taken:.2f} |")
+        rate = size * repeats(device) / taken
+        print(f"| {name} | {rate:,.1f} | {base / taken:.2f} | {peaks[name]:.2f} |")
     print(flush=True)
 
 
+def repeats(device: torch.device) -> int:
+    """Steps a turn."""
+    return 20 if device.type == "cuda" else 1
+
+
+class StepProcess:
+    """One way in a process of its own, which takes a turn when it is called."""
+
+    def __init__(self, name: str, network: str, size: int, options: Options, device: torch.device):
+        command = [sys.executable, __file__, "--what", "turns", "--way", name]
+        command += ["--networks", network, "--batch-size", str(size)]
+        command += ["--threads", str(options.threads), "--device", device.type]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+        )
+
+    def __call__(self) -> None:
+        print("go", file=self.process.stdin, flush=True)
+        if self.process.stdout.readline() != "done\n":
+            raise SystemExit("a way of the benchmark ended: see its error above")
+
+    def close(self) -> float:
+        """End it -> GB that it took at its peak."""
+        self.process.stdin.close()
+        return float(self.process.stdout.readline())
+
+
+def take_turns(options: Options, device: torch.device) -> None:
+    batch_size = options.batch_size
+    crops = torch.randint(256, (batch_size, 112, 112, 3), dtype=torch.uint8)
+    labels = torch.randint(1000, (batch_size,))
+    batch = data_gen.Batch(crops, labels, torch.arange(batch_size))
+    run = STEPS[options.way](options.networks, batch, device)
+    for _ in sys.stdin:
+        for _ in range(repeats(device)):
+            run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        print("done", flush=True)
+    if device.type == "cuda":
+        print(torch.cuda.max_memory_allocated() / 1e9)
+    else:
+        print(resident("VmHWM") / 1e6)
+
+
 def our_step(network: str, batch: data_gen.Batch, device: torch.device) -> Callable[[], object]:
+    if device.type == "cpu":
+        utils.keep_freed_memory()
     options = config.TrainOptions(network=network, batch_size=len(batch.labels))
     amp = torch.bfloat16 if device.type == "cuda" else None
     net = training_step.build(options, 1000, device, amp)
@@ -155,6 +206,9 @@ def official_step(
         scaler.update()
 
     return run
+
+
+STEPS = {"official way": official_step, "train.py": our_step}
 
 
 # --------------------------------------------------------------------------------------------------
