@@ -129,12 +129,7 @@ def with_defaults(options: config.EvalOptions) -> config.EvalOptions:
     packed = options.pairs is not None and options.pairs.suffix == PACKED
     if packed and data is not None:
         raise InputError(f"{options.pairs} holds its crops itself: leave --data out")
-    if model is None:
-        model = (config.RUNS / ("faces" if config.RAW.is_dir() else "demo"),)
-        print(f"no --model named: using {model[0]}")
-    if packed:
-        return dataclasses.replace(options, model=model)
-    if data is None:
+    if data is None and not packed:
         own = config.RAW.is_dir()
         data = config.DATA / "lfw" if own else config.SYNTHETIC / "test"
         if own and not data.is_dir():
@@ -144,6 +139,11 @@ def with_defaults(options: config.EvalOptions) -> config.EvalOptions:
             )
         what = "LFW" if own else "the embedded synthetic faces"
         print(f"no --data named: using {what}, {data}")
+    if model is None:
+        model = (config.RUNS / ("faces" if config.RAW.is_dir() else "demo"),)
+        print(f"no --model named: using {model[0]}")
+    if packed:
+        return dataclasses.replace(options, model=model)
     if not data.is_dir():
         raise InputError(f"{data} is not there: prepare it first (python pre_process.py)")
     pairs = options.pairs or data / "pairs.txt"

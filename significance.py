@@ -34,9 +34,10 @@ def bootstrap(
     fold = np.unique(fold, return_inverse=True)[1][order]  # (N,) 0 .. K-1
     ends = np.flatnonzero(np.append(np.diff(angles) > 0, True))  # (D,) last of each equal run
     found: dict[str, list[float]] = {"accuracy": [], "auc": [], "eer": [], "tar": []}
-    folds = _folds(same, fold, ends)
+    accepted = np.concatenate([[0], ends + 1])  # (D + 1,) pairs below threshold number d
+    folds = _folds(angles, same, fold, accepted)
     for counts in resampled(same, fold, resamples, np.random.default_rng(seed)):
-        found["accuracy"].append(_accuracy(counts, same, ends, folds))
+        found["accuracy"].append(_accuracy(counts, same, angles[ends], accepted, folds))
         far, tar = _roc(counts, same, ends)
         found["auc"].append(float(np.trapezoid(tar, far)))
         found["eer"].append(_eer(far, tar))
@@ -73,33 +74,55 @@ class _Fold(NamedTuple):
     """What stays the same in every resample."""
 
     members: np.ndarray  # (M,) pairs of the fold, in the order of their angles
+    angles: np.ndarray  # (M,) theirs
     below: np.ndarray  # (D + 1,) how many of them threshold number d accepts
     impostors: int
 
 
-def _folds(same: np.ndarray, fold: np.ndarray, ends: np.ndarray) -> list[_Fold]:
-    accepted = np.concatenate([[0], ends + 1])  # (D + 1,) pairs below threshold number d
+def _folds(
+    angles: np.ndarray, same: np.ndarray, fold: np.ndarray, accepted: np.ndarray
+) -> list[_Fold]:
     return [
-        _Fold(members, np.searchsorted(members, accepted), int((~same[members]).sum()))
-        for members in (np.flatnonzero(fold == k) for k in range(fold.max() + 1))
+        _Fold(m, angles[m], np.searchsorted(m, accepted), int((~same[m]).sum()))
+        for m in (np.flatnonzero(fold == k) for k in range(fold.max() + 1))
     ]
 
 
-def _accuracy(counts: np.ndarray, same: np.ndarray, ends: np.ndarray, folds: list[_Fold]) -> float:
+def _accuracy(
+    counts: np.ndarray,
+    same: np.ndarray,
+    distinct: np.ndarray,
+    accepted: np.ndarray,
+    folds: list[_Fold],
+) -> float:
     """protocol.kfold_accuracy of pairs in the order of their angles, each `counts` times.
 
-    Against a threshold that accepts none, one is right about each genuine pair below it more, and
-    about each impostor pair below it less: its gain.
+    Threshold number d accepts the d smallest of the `distinct` angles. Against one that accepts
+    none, it is right about each genuine pair below it more, and about each impostor pair below it
+    less: its gain. Both are kept as sums over all pairs less those of the fold.
     """
     signed = np.where(same, counts, -counts)
-    total = np.concatenate([[0], np.cumsum(signed)[ends]])  # (D + 1,)
+    gain, drawn = _from_zero(signed)[accepted], _from_zero(counts)[accepted]  # (D + 1,) both
     right = []
-    for members, below, impostors in folds:
-        own = np.concatenate([[0], np.cumsum(signed[members])])[below]  # (D + 1,)
-        others = total - own
+    for members, angles, below, impostors in folds:
+        own = _from_zero(signed[members])  # (M + 1,)
+        others = gain - own[below]
         best = np.flatnonzero(others == others.max())
-        right.append((own[best[(len(best) - 1) // 2]] + impostors) / len(members))
+        # As the protocol does: only where a drawn angle of another fold comes before, and midway.
+        present = drawn - _from_zero(counts[members])[below]
+        best = best[(best == 0) | (present[best] > present[best - 1])]
+        pick = best[(len(best) - 1) // 2]
+        after = int(np.searchsorted(present, present[pick], side="right"))
+        low = distinct[pick - 1] if pick else distinct[after - 1] - 1
+        high = distinct[after - 1] if after < len(present) else low + 1
+        middle = (low + high) / 2
+        passed = np.searchsorted(angles, middle if middle > low else high)
+        right.append((own[passed] + impostors) / len(members))
     return float(np.mean(right))
+
+
+def _from_zero(values: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(values)])
 
 
 def _roc(counts: np.ndarray, same: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
