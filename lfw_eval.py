@@ -158,9 +158,10 @@ def name_models(options: config.EvalOptions, tests: VerificationSet) -> list[Mod
         if file in resolved[:place]:
             raise InputError(f"{files[place]} is named twice: name each model once")
     names = [model_name(*both) for both in zip(options.model, files, strict=True)]
-    if len(set(names)) < len(names):
-        names = [f"{file.parent.name}_{name}" if names.count(name) > 1 else name
-                 for file, name in zip(resolved, names, strict=True)]  # fmt: skip
+    names = [
+        name if name not in names[:place] else f"{name}-{names[:place].count(name) + 1}"
+        for place, name in enumerate(names)
+    ]
     models = [
         Model(name, given, file, report_folder(options, name, file, list_name(tests)))
         for name, given, file in zip(names, options.model, files, strict=True)

@@ -87,7 +87,8 @@ def _render(path: Path, template: str, **values: object) -> None:
 
 def breakable(name: str) -> Markup:
     """A long name may be broken after an underscore or a slash, not amid a number."""
-    return Markup(escape(name).replace("_", "_<wbr>").replace("/", "/<wbr>"))
+    text = str(escape(name))  # a Markup would escape the tags too
+    return Markup(text.replace("_", "_<wbr>").replace("/", "/<wbr>"))
 
 
 def _numbers(result: dict) -> list[tuple[str, str, str]]:
