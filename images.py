@@ -29,36 +29,50 @@ class UnreadableImage(Exception):
 
 
 def read_image(
-    path: str | os.PathLike | bytes, max_pixels: int = MAX_PIXELS, notes: Counter | None = None
+    path: str | os.PathLike, max_pixels: int = MAX_PIXELS, notes: Counter | None = None
 ) -> np.ndarray:
     """Decode the whole image -> uint8 (H, W, 3) RGB, turned upright by its EXIF orientation.
 
-    `path` names a file; bytes are the content of one (without `notes`, which are about names).
     Grey, palette, CMYK and 16-bit images are converted, transparent ones laid on white, of an
     animation the first frame is taken. `notes` counts what was unusual but usable.
     Raises UnreadableImage with the reason: not an image, truncated, over `max_pixels` (told by the
     header, before decoding), under 16 px, or more than 20 times as long as wide.
     """
     try:
-        content = path if isinstance(path, bytes) else None
-        if content is None and not stat.S_ISREG(os.stat(path).st_mode):  # a FIFO would wait forever
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a FIFO would wait forever
             raise UnreadableImage("not a regular file")
+        if not os.path.getsize(path):
+            raise UnreadableImage("empty file")
+    except OSError as error:
+        raise UnreadableImage(_reason(error)) from error
+    return _decode(path, max_pixels, notes)
+
+
+def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """The same for an image that is in memory, as in a .rec or .bin."""
+    if not data:
+        raise UnreadableImage("empty file")
+    return _decode(io.BytesIO(data), max_pixels, None)
+
+
+def _decode(
+    source: str | os.PathLike | io.BytesIO, max_pixels: int, notes: Counter | None
+) -> np.ndarray:
+    try:
         with warnings.catch_warnings():
             warnings.simplefilter(
                 "ignore"
             )  # of Pillow about sizes and damaged EXIF: dealt with here
-            file = path if content is None else io.BytesIO(content)
-            with Image.open(file, formats=_FORMATS) as image:
+            with Image.open(source, formats=_FORMATS) as image:
                 _check_size(*image.size, max_pixels)
-                if notes is not None and content is None:
-                    _note(image, Path(path), notes)
+                if notes is not None:
+                    _note(image, Path(source), notes)
                 image.load()  # the whole of it: a truncated file raises here, never at verify()
                 return _to_rgb(_upright(image))
     except Image.DecompressionBombError as error:
         raise UnreadableImage("too many pixels") from error
     except Image.UnidentifiedImageError as error:
-        empty = (os.path.getsize(path) if content is None else len(content)) == 0
-        raise UnreadableImage("empty file" if empty else "not an image") from error
+        raise UnreadableImage("not an image") from error
     except OSError as error:
         raise UnreadableImage(_reason(error)) from error
     except (SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError) as error:

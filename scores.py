@@ -15,7 +15,7 @@ import protocol
 import significance
 from checkpoint import sha256
 from embeddings import Embedded
-from verification_set import VerificationSet, printable
+from verification_set import PACKED, VerificationSet, printable
 
 FARS = {"1e-1": 1e-1, "1e-2": 1e-2, "1e-3": 1e-3, "1e-4": 1e-4}
 QUANTILES = {"q01": 0.01, "q05": 0.05, "median": 0.5, "q95": 0.95, "q99": 0.99}
@@ -154,6 +154,11 @@ def summary(scores: Scores) -> dict[str, str]:
     undetected, errors = result["data"]["undetected"], result["errors"]
     names = ", ".join(data_gen.without_suffix(name) for name in undetected[:5])
     more = f" and {len(undetected) - 5} more (eval.json)" if len(undetected) > 5 else ""
+    faces = "all with a detected face"
+    if undetected:
+        faces = f"{len(undetected)} with fixed landmarks (undetected): {names}{more}"
+    elif result["data"]["pairs"].endswith(PACKED):
+        faces = "aligned by whoever made the file"
     bounds = interval(result, "accuracy")
     marked = result["data"]["pairs_listed_as_mislabelled"]
     twins = result["data"]["pairs_of_one_picture"]
@@ -163,9 +168,7 @@ def summary(scores: Scores) -> dict[str, str]:
         "pairs": f"{pairs['scored']} of {pairs['scored']} pairs scored "
         f"({pairs['genuine']} genuine, {pairs['impostor']} impostor; {pairs['folds']})"
         + (f"; {twins} hold the same picture twice" if twins else ""),
-        "photos": f"{result['data']['photos']} of {result['data']['set']}, "
-        + (f"{len(undetected)} with fixed landmarks (undetected): {names}{more}" if undetected
-           else "all with a detected face"),
+        "photos": f"{result['data']['photos']} of {result['data']['set']}, " + faces,
         "accuracy": f"{percent(accuracy['mean'])} ± {100 * accuracy['std']:.2f} over "
         f"{len(cuts)} folds, standard error {100 * accuracy['standard_error']:.2f}"
         + (f", 95 % interval {bounds}" if bounds else ""),

@@ -20,7 +20,7 @@ import data_gen
 import manifest
 import protocol
 from config import InputError
-from images import UnreadableImage, read_image
+from images import UnreadableImage, decode_image
 
 SIDE = data_gen.SIDE
 ERRATA = config.ROOT / "lfw_errata.txt"
@@ -58,7 +58,7 @@ class Photo:
         where = self.name if packed else str(self.crop)
         fix = "fetch the file again" if packed else "run pre_process.py on its folder again"
         try:
-            crop = read_image(content)
+            crop = decode_image(content)
         except UnreadableImage as error:
             raise InputError(f"{where}: {error}; {fix}") from error
         if crop.shape != (SIDE, SIDE, 3):
