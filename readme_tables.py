@@ -91,7 +91,8 @@ def speed_table(rows: list[dict[str, str]]) -> str:
     lines = [
         [row["network"], f"{int(row['crops']):,}", f"{row['official_per_s']}/s",
          f"{row['ours_per_s']}/s", f"{row['ratio']} ({row['ratio_low']} to {row['ratio_high']})",
-         f"{row['date']}, {row['hardware']}, commit {row['commit']}: `{row['command']}`"]
+         f"{row['date']}, {row['hardware']}, {row['note']}, commit {row['commit']}: "
+         f"`{row['command']}`"]
         for row in rows
     ]  # fmt: skip
     return markdown(head, lines)
