@@ -2,12 +2,13 @@
 # make test        .venv, requirements, linter and tests (minutes)
 # make test-slow   the kill loops and other long tests
 # make pictures    README's pictures of drawn faces
+# make readme      README's tables of results, from results/*.csv
 # make clean-demo  forget what the demo made, so that it starts afresh
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow pictures clean-demo
+.PHONY: demo test test-slow pictures readme clean-demo
 
 demo: .venv/installed
 	$(BIN)/python pre_process.py
@@ -24,6 +25,9 @@ test-slow: .venv/installed-dev
 
 pictures: .venv/installed
 	$(BIN)/python pictures.py
+
+readme: .venv/installed
+	$(BIN)/python readme_tables.py
 
 clean-demo:
 	rm -rf data/synthetic runs/demo

@@ -247,14 +247,22 @@ class EvalOptions:
     )
     pairs: Path | None = option(
         None,
-        "pairs in LFW's format, or lines of path<TAB>path<TAB>label "
-        "(default: pairs.txt in the data folder)",
+        "pairs in LFW's format, lines of path<TAB>path<TAB>label, or a verification set (.bin) "
+        "that holds its crops itself (default: pairs.txt in the data folder)",
     )
-    model: Path | None = option(
-        None, "run folder, .safetensors or .onnx (default: the run that train.py makes by default)"
+    model: tuple[Path, ...] | None = option(
+        None,
+        "run folder, .safetensors or .onnx; several are compared "
+        "(default: the run that train.py makes by default)",
     )
-    out: Path | None = option(None, "where the report goes (default: runs/<model>/lfw)")
+    out: Path | None = option(
+        None,
+        "where the report goes (default: runs/<model>/lfw, or the name of another list of pairs)",
+    )
     flip: bool = option(True, "add the embedding of the mirror image")
+    bootstrap: int = option(
+        1000, "resamples of the pairs behind the confidence intervals; 0 = none", low=0
+    )
     batch_size: int = option(32, "crops embedded together", low=1)
     input_mean: float = option(
         127.5,
@@ -458,7 +466,9 @@ def _argument(field: dataclasses.Field, hint: object) -> dict[str, typing.Any]:
     if isinstance(hint, types.UnionType):  # `X | None`
         hint = next(part for part in typing.get_args(hint) if part is not type(None))
     if typing.get_origin(hint) is tuple:
-        return {"type": float, "nargs": "+", "action": _Tuple, "metavar": "X", "help": text}
+        kind = typing.get_args(hint)[0]  # of each entry
+        metavar = "X" if kind is float else kind.__name__.upper()
+        return {"type": kind, "nargs": "+", "action": _Tuple, "metavar": metavar, "help": text}
     choices = field.metadata.get("choices")
     metavar = None if choices is None else "NAME"
     return {

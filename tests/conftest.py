@@ -1,19 +1,24 @@
 """Fixtures that several test files use. Run all: make test"""
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+import checkpoint
 import manifest
+import models
 import recordio
 from images import write_jpeg
-from manifest import ALIGNED, Row
+from manifest import ALIGNED, REJECTED, UNDETECTED, Row
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -77,3 +82,72 @@ def write_records(folder: Path, records: Iterable[tuple]) -> Path:
 def prepared(tmp_path_factory) -> Path:
     """30 identities with 6 crops each. Read only."""
     return make_prepared(tmp_path_factory.mktemp("prepared"), 30, 6)
+
+
+# --- a test set with pairs, for the evaluation
+
+
+def patterned_crop(identity: int, photo: int) -> np.ndarray:
+    """A coarse pattern that belongs to the identity, under noise of the photo's own."""
+    pattern = np.random.default_rng(identity).uniform(0, 255, (7, 7, 3))
+    noise = np.random.default_rng(1000 * identity + photo).normal(0, 60, (7, 7, 3))
+    image = np.clip(pattern + noise, 0, 255).astype(np.uint8)
+    return np.kron(image, np.ones((16, 16, 1), dtype=np.uint8))  # (112, 112, 3)
+
+
+def manifest_row(source: str, status: str = ALIGNED, image: str | None = None) -> Row:
+    if image is None:
+        image = "" if status == REJECTED else f"images/{source}"
+    reason = "" if status == ALIGNED else "no face found"
+    return Row(source, source.split("/")[0], image, status, reason)
+
+
+def write_manifest(data: Path, rows: list[Row]) -> None:
+    head = manifest.csv_line(list(manifest.COLUMNS))
+    (data / manifest.NAME).write_text(head + "".join(entry.line() for entry in rows))
+
+
+@pytest.fixture(scope="session")
+def lfw_like(tmp_path_factory) -> Path:
+    """A prepared set, its pairs.txt of 80 pairs, and beside it `run`, a tiny random network."""
+    torch.set_num_threads(1)
+    data = tmp_path_factory.mktemp("a set") / "faces"
+    rows = []
+    for identity in range(6):
+        name = f"Person_{identity}"
+        (data / "images" / name).mkdir(parents=True)
+        for photo in range(1, 5):
+            source = f"{name}/{name}_{photo:04d}.jpg"
+            crop = patterned_crop(identity, photo)
+            Image.fromarray(crop).save(data / "images" / source, quality=95)
+            (data.parent / "raw" / name).mkdir(parents=True, exist_ok=True)
+            frame = np.pad(crop, ((30, 10), (20, 40), (0, 0)))  # (152, 172, 3)
+            Image.fromarray(frame).save(data.parent / "raw" / source)
+            box = np.array([40.0, 50.0, 110.0, 130.0])
+            rows.append(
+                replace(manifest_row(source), width=172, height=152, faces=1, score=1.0, box=box)
+            )
+    rows[0] = manifest_row(rows[0].source, UNDETECTED)
+    write_manifest(data, rows)
+    settings = {"source": str(data.parent / "raw"), "bytes": None}
+    (data / "pre_process.json").write_text(json.dumps(settings))
+
+    rng = np.random.default_rng(0)
+    lines = ["10\t4"]
+    for _ in range(10):
+        for _ in range(4):
+            a, b = 1 + rng.choice(4, 2, replace=False)
+            lines.append(f"Person_{rng.integers(6)}\t{a}\t{b}")
+        for _ in range(4):
+            (i, j), (a, b) = rng.choice(6, 2, replace=False), 1 + rng.choice(4, 2)
+            lines.append(f"Person_{i}\t{a}\tPerson_{j}\t{b}")
+    (data / "pairs.txt").write_text("\n".join(lines) + "\n")
+
+    run = data.parent / "run"
+    run.mkdir()
+    torch.manual_seed(0)
+    kind = {"network": "r18", "width": 0.125, "embedding_size": 32}
+    network = models.create(**kind)
+    metadata = {key: str(value) for key, value in kind.items()}
+    checkpoint.save_weights(run / checkpoint.BEST, network.state_dict(), metadata)
+    return data

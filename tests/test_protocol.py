@@ -59,7 +59,7 @@ def same_pairs(a: protocol.Pairs, b: protocol.Pairs) -> bool:
     )
 
 
-def test_line_ends_blanks_and_tabs_do_not_matter(tmp_path):
+def test_row_38_line_ends_blanks_and_tabs_do_not_matter(tmp_path):
     lines = lfw_lines(2, 2)
     plain = protocol.read_pairs(write(tmp_path / "plain", lines))
     for name, changed, end in (
@@ -133,7 +133,7 @@ def test_view_1_has_one_fold_which_is_cut(tmp_path):
         (["a\0b"], "not a text file"),
     ],
 )
-def test_a_bad_list_is_refused_with_its_line(tmp_path, lines, says):
+def test_row_38_a_bad_list_is_refused_with_its_line(tmp_path, lines, says):
     with pytest.raises(InputError) as refusal:
         protocol.read_pairs(write(tmp_path / "p", lines))
     assert says in str(refusal.value) and "\n" not in str(refusal.value)

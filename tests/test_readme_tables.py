@@ -1,0 +1,60 @@
+"""README shows what results/*.csv hold. Run: python -m pytest tests/test_readme_tables.py"""
+
+import csv
+import re
+
+import pytest
+
+import config
+import readme_tables
+from config import InputError
+
+
+def rows(name: str) -> list[dict[str, str]]:
+    with open(config.ROOT / "results" / f"{name}.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_readme_has_not_drifted_from_the_results(capsys):
+    assert readme_tables.main(readme_tables.Options(check=True)) == 0, capsys.readouterr().out
+
+
+def test_every_csv_is_in_readme():
+    named = {block[2] for block in readme_tables.BLOCK.finditer(readme_tables.README.read_text())}
+    assert named == {f"results/{p.name}" for p in (config.ROOT / "results").glob("*.csv")}
+
+
+def test_a_changed_number_is_told_and_mended(tmp_path, monkeypatch, capsys):
+    text = readme_tables.README.read_text()
+    drifted = text.replace("99.22 %", "99.92 %", 1)
+    assert drifted != text
+    (tmp_path / "README.md").write_text(drifted)
+    monkeypatch.setattr(readme_tables, "README", tmp_path / "README.md")
+    assert readme_tables.main(readme_tables.Options(check=True)) == 1
+    said = capsys.readouterr().out
+    assert "99.92 %" in said and "make readme" in said
+    assert (tmp_path / "README.md").read_text() == drifted  # only looked
+    assert readme_tables.main(readme_tables.Options()) == 0
+    assert (tmp_path / "README.md").read_text() == text
+
+
+def test_a_table_without_its_csv_is_refused(tmp_path):
+    text = "<!-- table: results/none.csv -->\n<!-- end of table -->"
+    with pytest.raises(InputError, match=r"results/none\.csv"):
+        readme_tables.fill(text, tmp_path)
+
+
+def test_measured_rows_say_how_and_published_ones_say_where():
+    for row in rows("lfw"):
+        assert re.fullmatch(r"\d\d\.\d\d", row["accuracy"]) and row["protocol"] and row["note"]
+        if row["command"]:
+            assert all(row[key] for key in ("std", "date", "commit", "hardware", "parameters"))
+            assert row["protocol"] == "nine other folds"
+    for row in rows("speed"):
+        assert float(row["ratio_low"]) <= float(row["ratio"]) <= float(row["ratio_high"])
+
+
+def test_the_reference_systems_rows_and_the_anchors_are_there():
+    found = {(row["accuracy"], row["protocol"]) for row in rows("lfw") if not row["command"]}
+    tuned = {(value, "the test pairs") for value in ("99.43", "99.38", "99.27", "99.23")}
+    assert found == tuned | {("99.53", "as published"), ("99.28", "as published")}
