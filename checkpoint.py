@@ -130,30 +130,35 @@ def _drop_parts(folder: Path, state: dict) -> None:
             path.unlink(missing_ok=True)
 
 
-def load_checkpoint(folder: Path) -> tuple[dict, list[str]]:
+def load_checkpoint(
+    folder: Path, names: tuple[str, ...] = (LAST, PREVIOUS), parts: bool = True
+) -> tuple[dict, list[str]]:
     """The newest undamaged checkpoint of a run, on the CPU, and warnings about those passed over.
 
-    Raises InputError where none loads: a run never starts over silently.
+    `names` are tried in turn; `parts` are checked, too. Raises InputError where none loads: a run
+    never starts over silently.
     """
     warnings: list[str] = []
     damaged: list[Path] = []
     hashes = _read_hashes(folder)
-    for name in (LAST, PREVIOUS):
+    for name in names:
         path = folder / name
         if not path.exists():
             continue
         damage = _damage(path, hashes)
+        if not hashes.get(name):
+            warnings.append(f"{path} has no sha256 in {CHECKSUMS}: a flipped bit would not be seen")
         if damage is None:
             try:
                 state = torch.load(path, map_location="cpu", weights_only=True)
-                damage = _damaged_part(folder, state)
+                damage = _damaged_part(folder, state) if parts else None
                 if damage is not None:
                     raise ValueError(damage)
                 # Out of the way, so that the next save does not put it in the place of this one.
                 for bad in damaged:
                     os.replace(bad, bad.with_name(f"{bad.name}.damaged"))
                 return state, warnings
-            except MemoryError:
+            except (MemoryError, OSError):  # the machine's fault, not the file's
                 raise
             except Exception as error:  # torch.load raises five kinds for a file that is not one
                 damage = f"does not load ({str(error).splitlines()[0][:120]})"
@@ -228,7 +233,9 @@ def _write_temporary(path: Path, write: bytes | Callable[[BinaryIO], object]) ->
             os.fsync(file.fileno())
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, RuntimeError):  # what torch.save makes of a write that failed
+        if isinstance(error, RuntimeError) and any(
+            sign in str(error) for sign in ("unexpected pos", "PytorchStreamWriter", "inline_cont")
+        ):  # what torch.save makes of a write that failed
             said = f"can't be written, is the disk full? ({str(error).splitlines()[0][:80]})"
             raise OSError(errno.ENOSPC, said, str(path)) from error
         raise
@@ -246,9 +253,11 @@ def _sync_folder(folder: Path) -> None:
 
 def _read_hashes(folder: Path) -> dict[str, list[str]]:
     try:
-        return json.loads((folder / CHECKSUMS).read_text())
-    except (OSError, ValueError):
+        hashes = json.loads((folder / CHECKSUMS).read_text())
+    except (FileNotFoundError, ValueError):  # load_checkpoint warns where a hash is missing
         return {}
+    entries = hashes.items() if isinstance(hashes, dict) else ()
+    return {name: known for name, known in entries if isinstance(known, list)}
 
 
 def _damaged_part(folder: Path, state: dict) -> str | None:

@@ -149,7 +149,7 @@ class TrainOptions:
     sample_rate: float = option(
         1.0,
         "share of the centres that take part in a step (sharded head); 0.1 is published for "
-        "millions of identities",
+        "millions of identities (the accuracy shown is then among the sampled ones)",
         above=0,
         high=1,
     )
@@ -343,8 +343,8 @@ def run(main: Callable[[typing.Any], int | None], options: object) -> typing.NoR
         code = main(options) or 0
         sys.stdout.flush()
     except InputError as error:
-        rank = os.environ.get("RANK", "0")
-        code = complain(str(error), 2) if rank == "0" or error.local else 2
+        first = os.environ.get("LOCAL_RANK", "0") == "0"  # of each machine
+        code = complain(str(error), 2) if first or error.local else 2
     except KeyboardInterrupt:
         code = complain("stopped by Ctrl-C; what was done is kept", 130)
     except BrokenPipeError:  # `train.py | head`: nobody reads any more
@@ -362,12 +362,30 @@ def run(main: Callable[[typing.Any], int | None], options: object) -> typing.NoR
 
 
 def read_run(run: Path) -> dict[str, object]:
-    """The options with which a run was started. Raises InputError: its config.json is damaged."""
+    """The options with which a run was started. Raises InputError: config.json lost or damaged."""
     path = run / "config.json"
+    hints = typing.get_type_hints(TrainOptions)
     try:
-        return dict(json.loads(path.read_text())["options"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is damaged: delete {run}, or choose another --name") from error
+        options = dict(json.loads(path.read_text())["options"])
+        wrong = [key for key, value in options.items() if not _fits(value, hints.get(key))]
+        if wrong or not options:
+            raise ValueError(f"{', '.join(wrong) or 'nothing'} in it")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path} is lost or damaged ({error}): put it back, or move it away and repeat the "
+            "run's options beside --resume"
+        ) from error
+    return options
+
+
+def _fits(value: object, hint: object) -> bool:
+    """Whether a value of a JSON file is one of an option with this type; an unknown one is not."""
+    if isinstance(hint, types.UnionType):
+        return value is None or _fits(value, typing.get_args(hint)[0])
+    if typing.get_origin(hint) is tuple:
+        return isinstance(value, list) and all(isinstance(part, (int, float)) for part in value)
+    kinds = {bool: bool, int: int, float: (int, float), str: str, Path: str}
+    return isinstance(value, kinds.get(hint, ())) and isinstance(value, bool) == (hint is bool)
 
 
 def plain(options: object) -> dict[str, object]:

@@ -10,6 +10,7 @@ index), so a run that is resumed is the same run, whatever the number of loader 
 
 import hashlib
 import itertools
+import multiprocessing
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -422,18 +423,30 @@ def batches(loader: DataLoader) -> Iterator[Batch]:
         except StopIteration:
             return
         except (RuntimeError, EOFError, ConnectionError) as error:
-            # torch has no kind of its own for a worker that is gone, maybe in mid-batch.
-            said = str(error).splitlines()[0] if str(error) else "its DataLoader pipe ended"
-            if isinstance(error, RuntimeError) and "DataLoader" not in said:
+            told = lost_worker(error)
+            for child in multiprocessing.active_children():
+                child.kill()  # one that hangs would be waited for at the end
+            if told is None:
                 raise
-            raise InputError(
-                f"{said}: a loader process was killed or hangs (the disk, the memory, or a full "
-                "/dev/shm: there, try --workers 0); what was saved is kept, --resume goes on",
-                local=True,
-            ) from error
+            raise told from error
         if isinstance(batch, str):
             raise InputError(batch, local=True)
         yield Batch(*batch)
+
+
+def lost_worker(error: Exception) -> InputError | None:
+    """What to tell where a loader process is gone; torch has no kind of error of its own for it.
+
+    It is raised wherever the main thread is when the process dies, not only where a batch is due.
+    """
+    said = str(error).splitlines()[0] if str(error) else "a DataLoader pipe ended"
+    if isinstance(error, RuntimeError) and "DataLoader" not in said:
+        return None
+    return InputError(
+        f"{said}: a loader process was killed or hangs (the disk, the memory, or a full /dev/shm: "
+        "there, try --workers 0); what was saved is kept, --resume goes on",
+        local=True,
+    )
 
 
 def _collate(samples: list) -> tuple[torch.Tensor, ...] | str:
@@ -446,8 +459,8 @@ def _collate(samples: list) -> tuple[torch.Tensor, ...] | str:
 
 def _start_worker(_: int) -> None:
     # A signal to the whole group is the parent's to handle: it ends the step and saves first. So
-    # Ctrl-C is ignored here, and SIGTERM obeyed after 20 seconds.
+    # Ctrl-C is ignored here, and SIGTERM obeyed after ten minutes, should the parent not be done.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(20))
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(600))
     torch.set_num_threads(1)
     cv2.setNumThreads(0)

@@ -35,7 +35,9 @@ def join(name: str) -> torch.device:
             raise InputError(f"--device {name} under torchrun: name cuda, each rank takes its card")
         local, cards = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local >= cards:
-            raise InputError(f"rank {local} has no card: --nproc-per-node may be {cards} at most")
+            raise InputError(
+                f"rank {local} has no card: --nproc-per-node may be {cards} at most", local=True
+            )
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     dist.init_process_group(
@@ -65,6 +67,11 @@ def local_ranks() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+def local_rank() -> int:
+    """This rank's number on its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 def say(line: str) -> None:
     """Print on the first rank alone."""
     if rank() == 0:
@@ -82,8 +89,11 @@ def share(count: int, rank: int, ranks: int) -> tuple[int, int]:
 
 
 def lost(error: BaseException) -> bool:
-    """Whether an error says that another rank is gone."""
-    return ranks() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
+    """Whether an error says that another rank is gone, or silent."""
+    said = str(error).lower()
+    signs = ("connection", "timed out", "timeout", "read error", "broken pipe", "remote process")
+    ours = isinstance(error, dist.DistError) or "gloo" in said
+    return ranks() > 1 and ours and any(sign in said for sign in signs)
 
 
 def barrier() -> None:

@@ -72,6 +72,7 @@ class ShardedHead(ArcMarginHead):
         """
         everyone = distributed.gather_with_gradient(embeddings)  # (N, E)
         local = distributed.gather(labels) - self.start  # (N,)
+        # note: nonzero is a CPU-GPU sync point
         rows = ((local >= 0) & (local < self.stop - self.start)).nonzero()[:, 0]  # (K,)
         local = local[rows]  # (K,)
         sampled = None

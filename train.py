@@ -33,6 +33,7 @@ if __name__ == "__main__":
     OPTIONS = config.parse(config.TrainOptions, __doc__)
 
 import math
+import shlex
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
@@ -90,13 +91,18 @@ def main(options: TrainOptions) -> int:
         torch.set_num_threads(options.threads)
     if device.type == "cpu":
         utils.keep_freed_memory()
+    torch.backends.cudnn.benchmark = True  # all batches have one shape
     amp = pick_amp(options.amp, device)
     run = options.runs / options.name
     if open_run(run, options) == "finished":
         return 0
 
     # ---- data
+    if distributed.local_rank():
+        distributed.barrier()  # the first of a machine may have to read all labels of a .rec once
     faces = data_gen.load_faces(options.data, options.min_images, options.skip_bad)
+    if not distributed.local_rank():
+        distributed.barrier()
     distributed.say(
         f"{len(faces):,} photos of {len(faces.identities):,} identities in {options.data}"
         + (f" ({faces.left_out:,} others have no face, or too few)" if faces.left_out else "")
@@ -121,8 +127,11 @@ def main(options: TrainOptions) -> int:
             checkpoint.write_atomic(run / "skipped.txt", lines.encode())
         try:
             code = train(run, options, faces, validation, device, amp, stop)
-        except RuntimeError as error:
-            raise explained(error, options, device) from error
+        except (RuntimeError, EOFError, ConnectionError) as error:
+            told = explained(error, options, device)
+            if told is error:
+                raise
+            raise told from error
     distributed.leave()
     return code
 
@@ -145,7 +154,7 @@ def train(
     step, best = 0, -1.0
     photos = faces.digest()  # once: it reads all names, millions in a large set
     if (run / checkpoint.LAST).exists() or (run / checkpoint.PREVIOUS).exists():
-        saved = training_state.load(run)
+        saved = training_state.load(run, device)
         training_state.check_classes(saved, faces, photos, run)
         training_state.restore(saved, net, run)
         step, best = saved["step"], saved["best"]
@@ -179,11 +188,7 @@ def train(
 
         ended = step % sampler.steps_per_epoch == 0
         if ended and (validation or step == sampler.steps):
-            accuracy = validation.accuracy(net.backbone, device) if validation else math.nan
-            log.validation(step, accuracy)
-            if not accuracy <= best:  # better, or there is none to compare
-                best = max(best, accuracy) if validation else best
-                training_state.save_best(run, net.backbone, options, faces, accuracy)
+            best = validate(run, net, validation, options, faces, log, step, best)
         if ended or step % options.save_every == 0 or code:
             curves.flush()  # they reach as far as the checkpoint
             training_state.save(run, net, faces, photos, options, sampler, step, best)
@@ -198,10 +203,28 @@ def train(
         result = {"steps": step, "validation": best if validation else None}
         checkpoint.write_json(run / "result.json", result)
     said = f"best validation accuracy {best:.2%}, " if validation else ""
-    distributed.say(
-        f"{run} is finished: {said}{step} steps; next: python lfw_eval.py --model {run}"
-    )
+    next_ = f"python lfw_eval.py --model {shlex.quote(str(run))}"
+    distributed.say(f"{run} is finished: {said}{step} steps; next: {next_}")
     return 0
+
+
+def validate(
+    run: Path,
+    net: Net,
+    validation: Validation | None,
+    options: TrainOptions,
+    faces: data_gen.FaceSet,
+    log: Log,
+    step: int,
+    best: float,
+) -> float:
+    """Score the network, keep its weights if it is the best so far -> the best accuracy."""
+    accuracy = validation.accuracy(net.backbone, net.device) if validation else math.nan
+    log.validation(step, accuracy)
+    if accuracy <= best:  # false for NaN: where there is nothing to compare, the last one counts
+        return best
+    training_state.save_best(run, net.backbone, options, faces, accuracy)
+    return accuracy if validation else best
 
 
 # --------------------------------------------------------------------------------------------------
@@ -215,13 +238,14 @@ def with_defaults(options: TrainOptions) -> TrainOptions:
         data = config.DATA / "faces"
     folder = data.parent if data and data.suffix == ".rec" else data
     name = options.name or options.recipe or (folder.resolve().name if folder else "demo")
-    begun = (options.runs / name / checkpoint.LAST).exists()
+    run = options.runs / name
+    begun = any((run / file).exists() for file in (checkpoint.LAST, checkpoint.PREVIOUS))
     if data is None:
         distributed.say("No --data and no data/raw: using the embedded faces (data/synthetic).")
         data = config.SYNTHETIC / "train"
         resume = resume or (name == "demo" and begun)  # `make demo` goes on where it stopped
     if distributed.restarted():
-        resume = begun  # torchrun repeats the same command after it lost a rank
+        resume = resume or begun  # torchrun repeats the same command after it lost a rank
     workers = options.workers
     if workers < 0:
         on_cuda = utils.pick_device(options.device).type == "cuda"
@@ -251,9 +275,11 @@ def check_options(options: TrainOptions, ranks: int) -> None:
     passes = ranks * options.accumulate
     if options.batch_size % passes or options.batch_size // passes < 2:
         raise InputError(
-            f"--batch-size {options.batch_size} is shared by {ranks} ranks in {options.accumulate} "
-            f"passes each: name a multiple of {passes}, at least {2 * passes}"
+            f"--batch-size {options.batch_size} is to be split over {ranks} x {options.accumulate} "
+            f"ranks and passes: name a multiple of {passes}, at least {2 * passes}"
         )
+    if options.compile and options.checkpointing:
+        raise InputError("--compile and --checkpointing do not go together: leave out one of them")
     if options.compile and not utils.has_compiler():
         raise InputError("--compile needs a C++ compiler (such as g++): install one, or leave it")
 
@@ -263,7 +289,7 @@ def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
     if name == "off" or (name == "auto" and device.type == "cpu"):
         return None
     if name == "auto":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
     if name == "fp16" and device.type == "cpu":
         raise InputError("--amp fp16 needs CUDA: on a CPU use --amp bf16 or --amp off")
     return {"bf16": torch.bfloat16, "fp16": torch.float16}[name]
@@ -271,12 +297,12 @@ def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
 
 def open_run(run: Path, options: TrainOptions) -> str:
     """-> "new", "unfinished" or "finished". Raises InputError: the folder holds another run."""
-    path = run / "config.json"
-    if not path.exists():
+    begun = any((run / name).exists() for name in (checkpoint.LAST, checkpoint.PREVIOUS))
+    if not (run / "config.json").exists() and not begun:
         if options.resume:
             raise InputError(f"{run} holds no run to resume: check --name, or leave out --resume")
         return "new"
-    old = config.read_run(run)
+    old = options_of(run, begun)
     new = config.plain(options)
     changed = [key for key in new if key not in FREE and old.get(key) != new[key]]
     if changed:
@@ -288,11 +314,23 @@ def open_run(run: Path, options: TrainOptions) -> str:
     if (run / "result.json").exists():
         distributed.say(f"{run} is finished with these options; nothing to do")
         return "finished"
-    if not (run / checkpoint.LAST).exists() and not (run / checkpoint.PREVIOUS).exists():
+    if not begun:
         return "new"  # stopped before its first checkpoint
     if not options.resume:
         raise InputError(f"{run} is unfinished: add --resume to go on, or choose another --name")
     return "unfinished"
+
+
+def options_of(run: Path, begun: bool) -> dict[str, object]:
+    """What a run was started with, if need be from its checkpoint."""
+    try:
+        return config.read_run(run)
+    except InputError as error:
+        if not begun:
+            raise
+        saved = training_state.load(run, utils.pick_device("cpu"))
+        distributed.say(f"WARNING: {error}; its options are taken from the checkpoint")
+        return saved["options"]
 
 
 def write_config(

@@ -5,6 +5,7 @@ Legend: K photos of an interval between two lines.
 """
 
 import math
+import os
 import signal
 import sys
 import time
@@ -140,9 +141,14 @@ def face_grid(crops: torch.Tensor) -> torch.Tensor:
 
 
 class Stop:
-    """SIGTERM and Ctrl-C end the run after the step, with a checkpoint; a second one at once."""
+    """SIGTERM and Ctrl-C end the run after the step, with a checkpoint; a second one at once.
+
+    torchrun sends SIGTERM again to ranks that got a signal beside it: there, what comes within five
+    seconds is the same request.
+    """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
+    SAME = 5.0  # seconds
 
     def __enter__(self) -> "Stop":
         self.code = 0
@@ -154,5 +160,13 @@ class Stop:
             signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.code = 128 + number
-        signal.signal(number, signal.SIG_DFL)
+        if not self.code:
+            self.code, self.asked = 128 + number, time.monotonic()
+            if "TORCHELASTIC_RUN_ID" in os.environ:
+                return
+        elif time.monotonic() - self.asked < self.SAME:
+            return
+        for either in self.SIGNALS:
+            signal.signal(either, signal.SIG_DFL)
+        if time.monotonic() - self.asked >= self.SAME:
+            signal.raise_signal(number)

@@ -22,6 +22,7 @@ from sharded_head import ShardedHead
 from training_step import Net, seed_of_rank
 
 FORMAT = 2  # of a checkpoint
+CPU = torch.device("cpu")
 
 
 def save(
@@ -82,15 +83,25 @@ def save_parts(run: Path, head: ShardedHead, momentum: Tensor | None, step: int)
     }
 
 
-def load(run: Path) -> dict:
-    """The newest good checkpoint, the same on every rank."""
-    if distributed.rank():
-        distributed.barrier()  # the first rank moves damaged files out of the way
-    saved, warnings = checkpoint.load_checkpoint(run)
+def load(run: Path, device: torch.device = CPU) -> dict:
+    """The newest good checkpoint: the first rank finds it, the others take the same."""
+    choice = torch.zeros(2, dtype=torch.int64, device=device)  # place in the names, step
+    names = (checkpoint.LAST, checkpoint.PREVIOUS)
     if not distributed.rank():
+        saved, warnings = checkpoint.load_checkpoint(run)
         for warning in warnings:
             print(f"WARNING: {warning}", file=sys.stderr)
-        distributed.barrier()
+        damaged = not (run / checkpoint.LAST).exists()  # load_checkpoint has put it aside
+        choice = torch.tensor([int(damaged), saved["step"]], device=device)
+    place, step = distributed.max_(choice).tolist()
+    if distributed.rank():
+        saved, _ = checkpoint.load_checkpoint(run, (names[place],), parts=False)
+        if saved["step"] != step:
+            raise InputError(
+                f"{run / names[place]} is of step {saved['step']} on rank {distributed.rank()} and "
+                f"of step {step} on the first: let all machines see the same --runs",
+                local=True,
+            )
     if saved.get("format") != FORMAT:
         raise InputError(
             f"{run / checkpoint.LAST} is of format {saved.get('format')}, and this code reads "
@@ -120,7 +131,8 @@ def restore(saved: dict, net: Net, run: Path) -> None:
     else:
         checkpoint.load_state(net.head, saved["head"], run / checkpoint.LAST)
     net.optimizer.load_state_dict(optimizer)
-    net.scaler.load_state_dict(saved["scaler"])
+    if saved["scaler"] and net.scaler.is_enabled():  # it was on a card, and is
+        net.scaler.load_state_dict(saved["scaler"])
     net.overflows, net.all_overflows = saved["overflows"]
     ranks, rank = len(saved["rng"]), distributed.rank()
     if ranks != distributed.ranks():
@@ -153,7 +165,9 @@ def load_centres(run: Path, parts: dict[str, str], head: ShardedHead) -> Tensor 
             momentum[here] = part["momentum"][there].to(momentum.device)
         covered += last - first
     if covered != head.stop - head.start:
-        raise InputError(f"{run}: its parts {', '.join(parts)} do not hold all identities")
+        raise InputError(
+            f"{run}: its parts {', '.join(parts)} do not hold all identities", local=True
+        )
     return momentum
 
 

@@ -11,6 +11,7 @@ Legend of shapes: N photos of a rank and pass, C identities, E embedding size.
 """
 
 import math
+import re
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -250,6 +251,7 @@ def update(net: Net, norm: Tensor, norm_ok: bool, rate: float, limit: float) -> 
     """One step of SGD, the gradient scaled down to the norm `limit` (0: left as it is)."""
     if not norm_ok:  # of fp16, on all ranks: the step is left out, the next one scaled lower
         net.scaler.update(net.scaler.get_scale() * net.scaler.get_backoff_factor())
+        net.scaler.load_state_dict({**net.scaler.state_dict(), "_growth_tracker": 0})
         return
     for group in net.optimizer.param_groups:
         group["lr"] = rate
@@ -261,20 +263,25 @@ def update(net: Net, norm: Tensor, norm_ok: bool, rate: float, limit: float) -> 
     net.scaler.update()
 
 
-def explained(error: RuntimeError, options: TrainOptions, device: torch.device) -> Exception:
+def explained(error: Exception, options: TrainOptions, device: torch.device) -> Exception:
     """What a person can do about it, where that is known; else the error itself."""
-    said = str(error).splitlines()[0] if str(error) else type(error).__name__
+    lines = str(error).splitlines() or [type(error).__name__]
+    said = next((line for line in lines if line.startswith("Last error")), lines[0])  # NCCL's
     kept = "what was saved is kept, --resume goes on"
+    if "DataLoader" in said:
+        return data_gen.lost_worker(error) or error
     if isinstance(error, torch.OutOfMemoryError):
         peak = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else 0.0
         photos = options.batch_size // distributed.ranks() // options.accumulate
         return InputError(
             f"out of memory at {photos} photos a pass, {peak:.1f} GB at the peak ({said[:100]}): "
-            f"double --accumulate, or use --checkpointing or a smaller --batch-size; {kept}",
+            f"go on with --resume --checkpointing; or choose another --name with twice the "
+            "--accumulate or a smaller --batch-size; what was saved is kept",
             local=True,
         )
     if distributed.lost(error):
+        said = re.sub(r"\[[^]]*\]:?\d*:?", "", said).strip()  # gloo's source file and address
         return InputError(
-            f"rank {distributed.rank()} lost another rank ({said[:100]}); {kept}", local=True
+            f"rank {distributed.rank()} lost another rank ({said[:200]}); {kept}", local=True
         )
     return error

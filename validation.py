@@ -25,13 +25,15 @@ class Validation:
     def __init__(
         self,
         photos: int,
+        embedding_size: int,
         read: Callable[[int], np.ndarray],
         pairs: np.ndarray,
         same: np.ndarray,
         fold: np.ndarray,
         what: str,
     ):
-        self.photos, self.read = photos, read  # index -> uint8 (112, 112, 3)
+        self.photos, self.embedding_size = photos, embedding_size
+        self.read = read  # index -> uint8 (112, 112, 3)
         self.pairs, self.same, self.fold, self.what = pairs, same, fold, what
 
     def accuracy(self, backbone: nn.Module, device: torch.device, size: int = 64) -> float:
@@ -42,18 +44,19 @@ class Validation:
         distributed.copy_buffers(backbone)
         most = -(-self.photos // distributed.ranks())  # of a rank, the last ones have fewer
         mine = range(self.photos)[distributed.rank() * most :][:most]
-        table = torch.zeros(most, 0, device=device)
+        table = torch.zeros(most, self.embedding_size, device=device)  # of a rank, maybe unused
         backbone.eval()
         for start in range(0, len(mine), size):
-            crops = [self.read(index) for index in mine[start : start + size]]
-            part = torch.from_numpy(utils.embed(backbone, np.stack(crops))).to(device)
-            if not start:
-                table = part.new_zeros(most, part.shape[1])
-            table[start : start + len(part)] = part
+            try:
+                crops = [self.read(index) for index in mine[start : start + size]]
+            except InputError as error:  # of this rank's share: the others don't meet it
+                raise InputError(str(error), local=True) from error
+            part = torch.from_numpy(utils.embed(backbone, np.stack(crops)))
+            table[start : start + len(part)] = part.to(device)
         backbone.train()
         table = distributed.gather(table)[: self.photos].cpu().numpy()  # (P, E)
-        if not np.isfinite(table).all():
-            raise InputError("the network gives embeddings that are not finite: lower --lr")
+        if not np.isfinite(table).all() or not table.any(axis=1).all():
+            raise InputError("the network gives embeddings that are no directions: lower --lr")
         angles = protocol.theta(table[self.pairs[:, 0]], table[self.pairs[:, 1]])
         return protocol.kfold_accuracy(angles, self.same, self.fold).mean
 
@@ -76,7 +79,9 @@ def make_validation(
         def read(index: int) -> np.ndarray:
             return data_gen.read_crop(photos[index].crop)
 
-        return faces, Validation(len(photos), read, both, pairs.same, pairs.fold, what)
+        return faces, Validation(
+            len(photos), options.embedding_size, read, both, pairs.same, pairs.fold, what
+        )
     rest, held_out = data_gen.hold_out(faces, options.val_identities, options.seed)
     if held_out is None:
         return faces, None
@@ -88,4 +93,6 @@ def make_validation(
         f"{len(pairs):,} pairs of {len(held_out):,} photos of "
         f"{len(held_out.identities)} held-out identities"
     )
-    return rest, Validation(len(held_out), held_out.read, pairs, same, fold, what)
+    return rest, Validation(
+        len(held_out), options.embedding_size, held_out.read, pairs, same, fold, what
+    )

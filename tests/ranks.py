@@ -9,6 +9,7 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ import training_step
 import utils
 from arcface import ArcMarginHead
 from sharded_head import LazySGD, ShardedHead
+from validation import Validation
 
 E, C, B = 16, 37, 6  # embedding size, identities (no multiple of the ranks), photos a rank
 MARGINS = (
@@ -170,6 +172,20 @@ def lazy_sgd() -> None:
     )
 
 
+def few_photos() -> None:
+    """More ranks than a validation has photos for: those without any wait for the others."""
+    rng = np.random.default_rng(0)
+    crops = rng.integers(256, size=(4, 112, 112, 3), dtype=np.uint8)
+    pairs, same = np.array([[0, 1], [2, 3], [0, 2], [1, 3]]), np.array([True, True, False, False])
+    fold = np.array([0, 1, 0, 1])
+    found = Validation(4, E, crops.__getitem__, pairs, same, fold, "")
+    torch.manual_seed(0)
+    backbone = models.create("mbf", E, width=0.125)
+    accuracy = found.accuracy(backbone, torch.device("cpu"))
+    table = distributed.gather(torch.tensor([accuracy]))
+    assert len(table) == distributed.ranks() and (table == table[0]).all()
+
+
 def run(options_file: str, stop_at: str, spoil_at: str) -> None:
     """train.py, stopped as if by a signal to one rank, or with a NaN among one rank's pixels."""
     last = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
@@ -203,6 +219,13 @@ def run(options_file: str, stop_at: str, spoil_at: str) -> None:
     config.run(train.main, config.TrainOptions(**words))
 
 
+CHECKS = {
+    "heads": heads,
+    "gradients": gradients,
+    "lazy_sgd": lazy_sgd,
+    "few_photos": few_photos,
+}
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     if sys.argv[1] == "run":
@@ -210,7 +233,7 @@ if __name__ == "__main__":
     else:
         distributed.join("cpu")
         for name in sys.argv[1:]:
-            {"heads": heads, "gradients": gradients, "lazy_sgd": lazy_sgd}[name]()
+            CHECKS[name]()
         if distributed.rank() == 0:
             print("all equal on", distributed.ranks(), "ranks")
         dist.destroy_process_group()

@@ -62,7 +62,7 @@ def test_row25_where_none_loads_nothing_starts_silently(folder):
         load_checkpoint(folder)
 
 
-@pytest.mark.parametrize("after", range(1, 9))
+@pytest.mark.parametrize("after", range(1, 12))
 def test_row22_a_kill_at_any_call_leaves_a_checkpoint(folder, monkeypatch, after):
     """The process ends at the n-th of the calls that change the disk."""
 
@@ -250,3 +250,50 @@ with checkpoint.lock(Path(sys.argv[1])):
     assert "locked" in done.stdout
     with checkpoint.lock(tmp_path):
         assert (tmp_path / ".lock").read_text() == str(os.getpid())
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"last.pt": 5}'])
+def test_row25_without_hashes_a_checkpoint_loads_with_a_warning(folder, text):
+    (folder / "checksums.json").write_text(text)
+    saved, warnings = load_checkpoint(folder)
+    assert saved["step"] == 2 and "has no sha256" in warnings[0]
+    save_checkpoint(folder, state(3))
+    assert load_checkpoint(folder)[1] == []
+
+
+def test_an_error_that_is_not_of_the_disk_is_not_told_as_one(tmp_path):
+    def killed(file):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    with pytest.raises(RuntimeError, match="DataLoader worker"):
+        checkpoint.write_atomic(tmp_path / "a", killed)
+
+
+@pytest.mark.parametrize("after", range(1, 14))
+def test_row22_a_kill_at_any_call_with_parts(tmp_path, monkeypatch, after):
+    for step in (1, 2):
+        save_in_parts(tmp_path, step)
+    calls = []
+
+    class Killed(BaseException):
+        pass
+
+    def dying(real):
+        def call(*arguments, **words):
+            calls.append(1)
+            if len(calls) == after:
+                raise Killed
+            return real(*arguments, **words)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in ("replace", "fsync"):
+            patch.setattr(os, name, dying(getattr(os, name)))
+        patch.setattr(checkpoint.Path, "unlink", dying(checkpoint.Path.unlink))
+        with contextlib.suppress(Killed):
+            save_in_parts(tmp_path, 3)
+    saved, warnings = load_checkpoint(tmp_path)
+    assert saved["step"] in (2, 3) and warnings == []
+    save_in_parts(tmp_path, 4)
+    assert load_checkpoint(tmp_path)[0]["step"] == 4

@@ -174,7 +174,11 @@ def test_resume_takes_the_options_of_the_run(tmp_path, capsys):
     assert options.resume and options.runs == tmp_path and options.recipe is None
     assert parse(TrainOptions, "", [*words, "--lr", "0.5"]).lr == 0.5  # train.py refuses it then
     (tmp_path / "r/config.json").write_text("{")
-    assert "config.json is damaged" in refused(capsys, TrainOptions, *words)
+    assert "config.json is lost or damaged" in refused(capsys, TrainOptions, *words)
+    for key, value in (("batch_size", "x"), ("milestones", 5), ("data", 5), ("bogus", 1)):
+        changed = {**config.plain(started), key: value}
+        (tmp_path / "r/config.json").write_text(json.dumps({"options": changed}))
+        assert f"damaged ({key} in it)" in refused(capsys, TrainOptions, *words)
 
 
 def test_second_names_for_what_torchrun_takes_for_its_own():

@@ -44,6 +44,11 @@ def test_two_ranks_have_the_gradients_of_one_process(ranks=2):
     assert f"all equal on {ranks} ranks" in done.stdout, done.stderr[-3000:]
 
 
+def test_ranks_without_a_photo_to_validate(ranks=3):
+    done = finished(torchrun(ranks, RANKS, "few_photos"))  # 4 photos: 2, 2 and none
+    assert f"all equal on {ranks} ranks" in done.stdout, done.stderr[-3000:]
+
+
 @pytest.fixture
 def job(prepared, tmp_path):
     """Run train.py on ranks, stopped or spoiled at a step as ranks.py does -> process, run."""

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import models
 from models import NETWORKS, IRBlock, SqueezeExcite, count_parameters, create
 
 FIXTURE = Path(__file__).resolve().parents[2] / "shared" / "fixtures" / "iresnet_parity.json"
@@ -317,3 +318,23 @@ def test_initialisation():
     assert net.layer3[1].se.fc1.weight.std().item() == pytest.approx(1 / (3 * 256) ** 0.5, rel=0.1)
     for norm in (m for m in net.modules() if isinstance(m, nn.BatchNorm2d | nn.BatchNorm1d)):
         assert (norm.weight == 1).all() and (norm.bias == 0).all() and norm.eps == 1e-5
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_prelu_is_torchs(memory_format):
+    x = torch.randn(3, 5, 9, 7).to(memory_format=memory_format)
+    x[0, 0, 0, :3] = 0.0  # the slope counts there
+    ours, torchs = models.PReLU(5), torch.nn.PReLU(5)
+    for layer in (ours, torchs):
+        layer.weight.data.copy_(torch.tensor([0.25, 0.0, -0.5, 1.5, 0.1]))
+    grad = torch.randn_like(x)
+    inputs = [x.clone().requires_grad_(), x.clone().requires_grad_()]
+    results = [layer(one) for layer, one in zip((ours, torchs), inputs, strict=True)]
+    for result in results:
+        result.backward(grad)
+    assert type(results[0].grad_fn).__name__ == "_PReLUBackward"  # ours, not torch's
+    assert torch.equal(*results) and torch.equal(inputs[0].grad, inputs[1].grad)
+    assert torch.allclose(ours.weight.grad, torchs.weight.grad, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        assert torch.equal(ours(x), torchs(x))
+    assert ours.state_dict().keys() == torchs.state_dict().keys()

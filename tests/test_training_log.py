@@ -106,8 +106,34 @@ def test_an_error_is_told_by_the_first_rank_or_by_the_one_that_met_it(capsys, mo
         raise InputError("a NaN", local=True)
 
     for rank, main, told in (("0", everywhere, 1), ("1", everywhere, 0), ("1", here, 1)):
-        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
         with pytest.raises(SystemExit) as stop:
             config.run(main, None)
         assert stop.value.code == 2
         assert capsys.readouterr().err.count("error: ") == told
+
+
+def test_row23_under_torchrun_the_same_signal_comes_twice(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    with Stop() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)  # the agent's, at once
+        assert stop.code == 143
+        stop.asked -= Stop.SAME
+        pid = os.fork()
+        if pid == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+            os._exit(0)
+        _, status = os.waitpid(pid, 0)
+        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGINT
+
+
+def test_any_second_signal_ends_at_once():
+    pid = os.fork()
+    if pid == 0:
+        with Stop():
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
+        os._exit(0)
+    _, status = os.waitpid(pid, 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGINT

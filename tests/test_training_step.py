@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import checkpoint
 import config
 import data_gen
 import models
@@ -253,6 +254,7 @@ def test_row28_overflows_of_fp16_are_counted_and_end_the_run_after_fifty(options
         training_step.check_finite(net, True, False, count, 0.1, inf, entropy, batch, faces)
         training_step.update(net, inf, False, 0.1, 5.0)
         assert net.overflows == net.all_overflows == count
+    assert net.scaler._get_growth_tracker() == 0  # the scale grows after good steps in a row
     assert net.scaler.get_scale() == 2.0**-34 and torch.equal(net.head.weight, before)
     with pytest.raises(InputError, match="51 updates in a row overflowed in fp16 at step 51"):
         training_step.check_finite(net, True, False, 51, 0.1, inf, entropy, batch, faces)
@@ -345,3 +347,64 @@ def test_the_recipes_fit_common_numbers_of_ranks():
         options = config.parse(TrainOptions, "", ["--recipe", recipe, "--name", "r"])
         for ranks in (1, 2, 4, 8, 16):
             train.check_options(options, ranks)
+
+
+def test_compile_and_checkpointing_do_not_go_together(options):
+    changed = dataclasses.replace(options, compile=True, checkpointing=True, name="r")
+    with pytest.raises(InputError, match="do not go together"):
+        train.check_options(changed, 1)
+
+
+def test_row32_a_loader_process_that_dies_during_a_step_is_told(options):
+    error = RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
+    told = training_step.explained(error, options, CPU)
+    assert isinstance(told, InputError) and told.local and "--workers 0" in str(told)
+    other = RuntimeError("something else")
+    assert training_step.explained(other, options, CPU) is other
+
+
+def test_row33_a_restart_takes_up_whatever_checkpoint_there_is(options, monkeypatch, tmp_path):
+    changed = dataclasses.replace(options, data=tmp_path, runs=tmp_path, name="r")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert train.with_defaults(changed).resume is False
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r/previous.pt").write_bytes(b"")
+    assert train.with_defaults(changed).resume is True
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert train.with_defaults(changed).resume is False
+    assert train.with_defaults(dataclasses.replace(changed, resume=True)).resume is True
+
+
+def test_a_shard_moves_to_other_ranks_with_its_momentum(options, tmp_path):
+    """Parts of three ranks, loaded by one."""
+    weight, momentum = torch.randn(C, 32), torch.randn(C, 32)
+    parts = {}
+    for rank in range(3):
+        rows = slice(3 * rank, 3 * rank + 3)
+        part = {"start": 3 * rank, "weight": weight[rows], "momentum": momentum[rows]}
+        name, digest = checkpoint.save_part(tmp_path, 5, rank, 3, part)
+        parts[name] = digest
+    head = ShardedHead(32, C)
+    assert torch.equal(training_state.load_centres(tmp_path, parts, head), momentum)
+    assert torch.equal(head.weight, weight)
+    del parts[name]
+    with pytest.raises(InputError, match="do not hold all identities"):
+        training_state.load_centres(tmp_path, parts, head)
+
+
+def test_row25_a_lost_config_is_taken_from_the_checkpoint(options, prepared, tmp_path, capsys):
+    begun = dataclasses.replace(options, data=prepared, runs=tmp_path, name="r", batch_size=16)
+    assert train.main(begun) == 0
+    (tmp_path / "r/result.json").unlink()
+    for content in (None, "{", '{"options": {"batch_size": "x"}}'):
+        if content is None:
+            (tmp_path / "r/config.json").unlink()
+        else:
+            (tmp_path / "r/config.json").write_text(content)
+        with pytest.raises(InputError, match=r"other options \(lr 0\.1, now 0\.3\)"):
+            train.main(dataclasses.replace(begun, lr=0.3, resume=True))
+        with pytest.raises(InputError, match="add --resume"):
+            train.main(begun)
+        assert "taken from the checkpoint" in capsys.readouterr().out
+    assert train.main(dataclasses.replace(begun, resume=True)) == 0
+    assert train.open_run(tmp_path / "r", train.with_defaults(begun)) == "finished"
