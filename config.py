@@ -263,7 +263,7 @@ class EvalOptions:
     bootstrap: int = option(
         1000, "resamples of the pairs behind the confidence intervals; 0 = none", low=0
     )
-    batch_size: int = option(32, "crops embedded together", low=1)
+    batch_size: int = option(64, "crops embedded together", low=1)
     input_mean: float = option(
         127.5,
         "subtracted from pixels; for a foreign ONNX file that names nothing",

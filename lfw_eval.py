@@ -60,6 +60,8 @@ def main(options: config.EvalOptions) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     device = utils.pick_device(options.device)
+    if device.type == "cpu":
+        utils.keep_freed_memory()
 
     tests = verification_set.load(options.data, options.pairs)
     models = name_models(options, tests)

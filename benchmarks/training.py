@@ -32,6 +32,8 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts
 
+from own_process import OwnProcess, serve
+
 import config
 import data_gen
 import manifest
@@ -99,7 +101,9 @@ def turns(ways: dict[str, Callable[[], object]], count: int, device: torch.devic
 
 def step(network: str, options: Options, device: torch.device) -> None:
     size = options.batch_size or (256 if device.type == "cuda" else 32)
-    workers = {name: StepProcess(name, network, size, options, device) for name in STEPS}
+    words = [__file__, "--what", "turns", "--networks", network, "--batch-size", str(size)]
+    words += ["--threads", str(options.threads), "--device", device.type]
+    workers = {name: OwnProcess([*words, "--way", name]) for name in STEPS}
     seconds = turns(workers, options.turns, torch.device("cpu"))
     peaks = {name: worker.close() for name, worker in workers.items()}
     print(
@@ -118,44 +122,24 @@ def repeats(device: torch.device) -> int:
     return 20 if device.type == "cuda" else 1
 
 
-class StepProcess:
-    """One way in a process of its own, which takes a turn when it is called."""
-
-    def __init__(self, name: str, network: str, size: int, options: Options, device: torch.device):
-        command = [sys.executable, __file__, "--what", "turns", "--way", name]
-        command += ["--networks", network, "--batch-size", str(size)]
-        command += ["--threads", str(options.threads), "--device", device.type]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
-        )
-
-    def __call__(self) -> None:
-        print("go", file=self.process.stdin, flush=True)
-        if self.process.stdout.readline() != "done\n":
-            raise SystemExit("a way of the benchmark ended: see its error above")
-
-    def close(self) -> float:
-        """End it -> GB that it took at its peak."""
-        self.process.stdin.close()
-        return float(self.process.stdout.readline())
-
-
 def take_turns(options: Options, device: torch.device) -> None:
     batch_size = options.batch_size
     crops = torch.randint(256, (batch_size, 112, 112, 3), dtype=torch.uint8)
     labels = torch.randint(1000, (batch_size,))
     batch = data_gen.Batch(crops, labels, torch.arange(batch_size))
     run = STEPS[options.way](options.networks, batch, device)
-    for _ in sys.stdin:
+
+    def turn() -> None:
         for _ in range(repeats(device)):
             run()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        print("done", flush=True)
-    if device.type == "cuda":
-        print(torch.cuda.max_memory_allocated() / 1e9)
-    else:
-        print(resident("VmHWM") / 1e6)
+
+    def peak() -> float:
+        on_cuda = device.type == "cuda"
+        return torch.cuda.max_memory_allocated() / 1e9 if on_cuda else resident("VmHWM") / 1e6
+
+    serve(turn, peak)
 
 
 def our_step(network: str, batch: data_gen.Batch, device: torch.device) -> Callable[[], object]:
