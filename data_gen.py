@@ -428,7 +428,10 @@ def batches(loader: DataLoader) -> Iterator[Batch]:
                 child.kill()  # one that hangs would be waited for at the end
             if told is None:
                 raise
-            raise told from error
+            # Without the loader's frames, which would keep it: torch then raises the same error
+            # again wherever the next child process of any kind ends.
+            iterator = None
+            raise told from error.with_traceback(None)
         if isinstance(batch, str):
             raise InputError(batch, local=True)
         yield Batch(*batch)
@@ -439,7 +442,7 @@ def lost_worker(error: Exception) -> InputError | None:
 
     It is raised wherever the main thread is when the process dies, not only where a batch is due.
     """
-    said = str(error).splitlines()[0] if str(error) else "a DataLoader pipe ended"
+    said = str(error).splitlines()[0].rstrip(". ") if str(error) else "a DataLoader pipe ended"
     if isinstance(error, RuntimeError) and "DataLoader" not in said:
         return None
     return InputError(

@@ -92,7 +92,9 @@ def test_another_network_is_refused():
 
 
 def test_the_benchmark_runs_both_ways_and_they_agree(script):
-    done = script("benchmarks/embed.py", "--network", "mbf", "--crops", 20, "--rounds", 1)
+    done = script(
+        "benchmarks/embed.py", "--network", "mbf", "--crops", 20, "--rounds", 1, "--batch-size", 20
+    )
     assert done.returncode == 0, done.stderr
     apart = float(done.stderr.split("apart by ")[1].split()[0])
     assert apart < 1e-4
