@@ -7,6 +7,7 @@ links to each model's own report.
 import csv
 import io
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 import plots
@@ -94,7 +95,7 @@ def as_csv(table: list[list[object]]) -> bytes:
     return text.getvalue().encode()
 
 
-def markdown(columns: tuple[str, ...], table: list[list[str]]) -> str:
+def markdown(columns: Sequence[str], table: list[list[str]]) -> str:
     cells = [columns, ["---"] * len(columns), *table]
     return "".join(
         "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |\n" for row in cells

@@ -196,6 +196,7 @@ class Photo(NamedTuple):
     source: str  # path below the raw folder
     crop: Path
     undetected: bool  # no face was found, cropped by median landmarks
+    box: np.ndarray | None = None  # (4,) x1, y1, x2, y2 of the face in the photo
 
     @property
     def label(self) -> str:
@@ -228,7 +229,7 @@ def find_photos(pairs: protocol.Pairs, data: Path) -> tuple[list[Photo], np.ndar
             if row.source not in found:
                 found[row.source] = len(photos)
                 undetected = row.status == manifest.UNDETECTED
-                photos.append(Photo(row.source, data / row.image, undetected))
+                photos.append(Photo(row.source, data / row.image, undetected, row.box))
             indices[pair, side] = found[row.source]
         if indices[pair, 0] == indices[pair, 1]:
             raise InputError(f"{pairs.where(pair)}: {names[0]} and {names[1]} are the same photo")

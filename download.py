@@ -6,7 +6,6 @@ LFW's own server is often unreachable; scikit-learn keeps a copy at figshare (wi
 deep-funneled archive), and its names, addresses and hashes are those below.
 """
 
-import hashlib
 import http.client
 import os
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import config
+from checkpoint import sha256
 from config import InputError, PreProcessOptions
 
 # No address, no answer, an error, a cut; what the disk raises is another matter.
@@ -59,7 +59,7 @@ def fetch(file: File, folder: Path) -> Path:
     """
     path = folder / file.name
     if path.exists():
-        if (found := _sha256(path)) != file.sha256:
+        if (found := sha256(path)) != file.sha256:
             raise InputError(
                 f"{path} is not the published file (sha256 {found}, not {file.sha256}): delete it, "
                 f"and it is fetched from {file.url}"
@@ -68,19 +68,14 @@ def fetch(file: File, folder: Path) -> Path:
     part = path.with_name(path.name + ".part")
     try:
         _receive(file, part)
-    except (
-        urllib.error.URLError,
-        http.client.HTTPException,
-        TimeoutError,
-        ConnectionError,
-    ) as error:
+    except _NETWORK as error:
         kept = part.stat().st_size if part.exists() else 0
         said = f"; {kept:,} bytes are kept, run again to go on" if kept else ""
         raise InputError(
             f"{file.url} can't be fetched ({_reason(error)}){said}; or put the file there yourself "
             f"as {path} (sha256 {file.sha256})"
         ) from error
-    found = _sha256(part)
+    found = sha256(part)
     if found != file.sha256:
         part.unlink()
         raise InputError(
@@ -133,11 +128,6 @@ def _receive(file: File, part: Path) -> None:
                     print(f"Fetching {file.name}: {done:,} bytes{share}", flush=True)
         if total is not None and done < total:  # read(n) says nothing of a connection that broke
             raise http.client.IncompleteRead(b"", total - done)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _reason(error: Exception) -> str:

@@ -4,7 +4,6 @@ Every picture is a JPEG inside the page. 24 kB a pair at the usual size; where m
 are shown, smaller ones at 12 kB, so that even a bad network's thousand errors are 14 MB.
 """
 
-import base64
 import io
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +11,7 @@ from functools import cached_property
 import numpy as np
 from PIL import Image, ImageDraw
 
-from images import UnreadableImage, read_image
+from images import UnreadableImage, data_uri, read_image
 from scores import Scores
 from verification_set import Photo, VerificationSet, printable
 
@@ -134,5 +133,4 @@ def _picture(pixels: np.ndarray, side: int, quality: int, box: np.ndarray | None
         ImageDraw.Draw(image).rectangle((np.asarray(box) * scale).tolist(), outline=BOX)
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=quality, optimize=True)
-    content = base64.b64encode(buffer.getvalue()).decode()
-    return Picture(f"data:image/jpeg;base64,{content}", *size)
+    return Picture(data_uri(buffer.getvalue()), *size)

@@ -4,6 +4,7 @@ from images import read_image
 photo = read_image("me.jpg")  # uint8 (H, W, 3), RGB, turned as EXIF says
 """
 
+import base64
 import io
 import os
 import stat
@@ -62,9 +63,8 @@ def _decode(
 ) -> np.ndarray:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # of Pillow about sizes and damaged EXIF: dealt with here
+            # Pillow's warnings about sizes and damaged EXIF: both are dealt with here.
+            warnings.simplefilter("ignore")
             with Image.open(source, formats=_FORMATS) as image:
                 _check_size(*image.size, max_pixels)
                 if notes is not None:
@@ -90,6 +90,11 @@ def jpeg_bytes(image: np.ndarray, quality: int = 95) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "JPEG", quality=quality, subsampling=0)
     return buffer.getvalue()
+
+
+def data_uri(jpeg: bytes) -> str:
+    """A JPEG inside a page."""
+    return f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
 
 
 def write_jpeg(path: Path, image: np.ndarray, quality: int = 95) -> None:

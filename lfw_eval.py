@@ -45,7 +45,7 @@ import utils
 import verification_set
 from checkpoint import BEST, write_json
 from config import InputError
-from verification_set import PACKED, VerificationSet, printable
+from verification_set import VerificationSet, is_packed, printable
 
 
 class Model(NamedTuple):
@@ -127,7 +127,7 @@ def evaluate(
 def with_defaults(options: config.EvalOptions) -> config.EvalOptions:
     """Fill in what was not named: LFW where the user has own photos, else the synthetic faces."""
     data, model = options.data, options.model
-    packed = options.pairs is not None and options.pairs.suffix.lower() == PACKED
+    packed = options.pairs is not None and is_packed(options.pairs)
     if packed and data is not None:
         raise InputError(f"{options.pairs} holds its crops itself: leave --data out")
     if data is None and not packed:

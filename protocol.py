@@ -349,7 +349,11 @@ def auc(angles: np.ndarray, same: np.ndarray) -> float:
 
 def eer(angles: np.ndarray, same: np.ndarray) -> float:
     """Equal error rate: where the ROC curve, joined by straight lines, meets FAR = 1 - TAR."""
-    far, tar = roc(angles, same)
+    return eer_of_curve(*roc(angles, same))
+
+
+def eer_of_curve(far: np.ndarray, tar: np.ndarray) -> float:
+    """The same of a curve as `roc` gives it, (D + 1,) both."""
     surplus = far - (1 - tar)  # from -1 to 1, never falling
     after = int(np.argmax(surplus >= 0))
     step = -surplus[after - 1] / (surplus[after] - surplus[after - 1])
@@ -362,10 +366,15 @@ def tar_at_far(angles: np.ndarray, same: np.ndarray, far: float) -> float | None
     None where one single impostor pair is already more than that FAR: nothing was measured there.
     """
     angles, same = _checked(angles, same)
-    if far * (~same).sum() < 1 - 1e-9:
+    if not is_measurable(far, int((~same).sum())):
         return None
     # np.interp takes the last of several points with the same FAR, which is the highest.
     return float(np.interp(far, *roc(angles, same)))
+
+
+def is_measurable(far: float, impostors: int) -> bool:
+    """Whether so many impostor pairs can show a FAR: one of them must not be more than that."""
+    return far * impostors >= 1 - 1e-9
 
 
 def d_prime(angles: np.ndarray, same: np.ndarray) -> float | None:

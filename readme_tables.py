@@ -17,6 +17,7 @@ from pathlib import Path
 
 import config
 from checkpoint import write_atomic
+from comparison import markdown
 from config import InputError, option
 
 README = config.ROOT / "README.md"
@@ -96,11 +97,6 @@ def speed_table(rows: list[dict[str, str]]) -> str:
         for row in rows
     ]  # fmt: skip
     return markdown(head, lines)
-
-
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    cells = [head, ["---"] * len(head), *rows]
-    return "".join("| " + " | ".join(row) + " |\n" for row in cells)
 
 
 FORMS: dict[str, Callable[[list[dict[str, str]]], str]] = {

@@ -19,7 +19,7 @@ import config
 from checkpoint import write_atomic
 from gallery import Gallery
 from scores import Scores, interval, percent
-from verification_set import PACKED, VerificationSet, printable
+from verification_set import VerificationSet, is_packed, printable
 
 ANGLES = (
     ("mean", "mean"), ("standard deviation", "sigma"), ("smallest", "min"),
@@ -48,7 +48,7 @@ def write(
         theta_svg=Markup(theta_svg),
         roc_svg=Markup(roc_svg),
         no_originals=tests.no_originals,
-        packed=tests.pairs_file.suffix == PACKED,
+        packed=is_packed(tests.pairs_file),
         marked=result["data"]["pairs_listed_as_mislabelled"],
         command=command(run),
     )

@@ -15,7 +15,7 @@ import protocol
 import significance
 from checkpoint import sha256
 from embeddings import Embedded
-from verification_set import PACKED, VerificationSet, printable
+from verification_set import VerificationSet, is_packed, printable
 
 FARS = {"1e-1": 1e-1, "1e-2": 1e-2, "1e-3": 1e-3, "1e-4": 1e-4}
 QUANTILES = {"q01": 0.01, "q05": 0.05, "median": 0.5, "q95": 0.95, "q99": 0.99}
@@ -157,7 +157,7 @@ def summary(scores: Scores) -> dict[str, str]:
     faces = "all with a detected face"
     if undetected:
         faces = f"{len(undetected)} with fixed landmarks (undetected): {names}{more}"
-    elif result["data"]["pairs"].endswith(PACKED):
+    elif is_packed(Path(result["data"]["pairs"])):
         faces = "aligned by whoever made the file"
     bounds = interval(result, "accuracy")
     marked = result["data"]["pairs_listed_as_mislabelled"]

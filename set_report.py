@@ -7,7 +7,6 @@ Counts per identity, rejected photos by reason, aligned samples with the templat
 scores and sizes, photos that stand under two identities, and identities of a test list.
 """
 
-import base64
 import html
 import math
 from collections import Counter, defaultdict
@@ -21,7 +20,7 @@ import align_faces
 import config
 from checkpoint import write_atomic
 from duplicates import find_duplicates
-from images import UnreadableImage, jpeg_bytes, read_image
+from images import UnreadableImage, data_uri, jpeg_bytes, read_image
 from manifest import ALIGNED, EXCLUDED, REJECTED, UNDETECTED, Row
 from overlap import find_overlap, read_names
 
@@ -231,7 +230,7 @@ def _histogram(values: np.ndarray, edges: np.ndarray, digits: int) -> list[tuple
 def _face(out: Path, row: Row) -> str:
     """A crop, the template as rings, the landmarks as dots."""
     try:
-        picture = _data_uri((out / row.image).read_bytes())
+        picture = data_uri((out / row.image).read_bytes())
     except OSError:
         return _figure('<div class="none">lost</div>', row, "crop is lost")
     marks = "".join(
@@ -259,7 +258,7 @@ def _thumb(root: Path | None, row: Row) -> str:
     except UnreadableImage as error:
         return _figure(f'<div class="none">{_text(str(error))}</div>', row, said)
     image.thumbnail((_THUMB, _THUMB))
-    picture = _data_uri(jpeg_bytes(np.asarray(image), quality=80))
+    picture = data_uri(jpeg_bytes(np.asarray(image), quality=80))
     alt = f"photo of {row.identity}, {row.status}: {row.reason or 'no fault'}"
     width, height = image.size
     image_tag = f'<img src="{picture}" alt="{_text(alt)}" width="{width}" height="{height}">'
@@ -269,10 +268,6 @@ def _thumb(root: Path | None, row: Row) -> str:
 def _figure(picture: str, row: Row, said: str) -> str:
     caption = _text(row.source) + (f"<br>{said}" if said else "")
     return f"<figure>{picture}<figcaption>{caption}</figcaption></figure>"
-
-
-def _data_uri(data: bytes) -> str:
-    return f"data:image/jpeg;base64,{base64.b64encode(data).decode()}"
 
 
 def _text(text: str) -> str:

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import numpy as np
 import scipy.stats
 
+import protocol
+
 SEED = 0
 LEVEL = 0.95
 FAR = 1e-3  # whose TAR gets an interval
@@ -44,10 +46,10 @@ def bootstrap(
         found["accuracy"].append(_accuracy(counts, same, angles[ends], accepted, folds))
         far, tar = _roc(counts, same, ends)
         found["auc"].append(float(np.trapezoid(tar, far)))
-        found["eer"].append(_eer(far, tar))
+        found["eer"].append(protocol.eer_of_curve(far, tar))
         found["tar"].append(float(np.interp(FAR, far, tar)))
-    if FAR * (~same).sum() < 1 - 1e-9:
-        del found["tar"]  # as protocol.tar_at_far: nothing was measured there
+    if not protocol.is_measurable(FAR, int((~same).sum())):
+        del found["tar"]
     tail = (1 - LEVEL) / 2
     return {
         name: tuple(np.quantile(values, [tail, 1 - tail]).tolist())
@@ -142,13 +144,6 @@ def _roc(counts: np.ndarray, same: np.ndarray, ends: np.ndarray) -> tuple[np.nda
         accepted = np.cumsum(np.where(kind, counts, 0))[ends]
         rates.append(np.concatenate([[0.0], accepted / accepted[-1]]))
     return rates[0], rates[1]  # (D + 1,) each
-
-
-def _eer(far: np.ndarray, tar: np.ndarray) -> float:
-    surplus = far - (1 - tar)
-    after = int(np.argmax(surplus >= 0))
-    step = -surplus[after - 1] / (surplus[after] - surplus[after - 1])
-    return float(far[after - 1] + step * (far[after] - far[after - 1]))
 
 
 # --- two models on the same pairs -----------------------------------------------------------------

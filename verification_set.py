@@ -8,7 +8,6 @@ Legend of shapes: N pairs, P photos, each once.
 """
 
 import hashlib
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -92,10 +91,15 @@ def printable(name: str) -> str:
     return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
+def is_packed(pairs_file: Path) -> bool:
+    """Whether it is a .bin, which holds its crops itself."""
+    return pairs_file.suffix.lower() == PACKED
+
+
 def load(data: Path | None, pairs_file: Path) -> VerificationSet:
     """Raises InputError for a pair that can't be scored: never fewer than the protocol has."""
     pairs_file = Path(pairs_file)
-    if pairs_file.suffix.lower() == PACKED:
+    if is_packed(pairs_file):
         return _load_packed(pairs_file)
     assert data is not None  # the script's defaults name one
     return _load_prepared(data, pairs_file)
@@ -108,11 +112,10 @@ def _load_prepared(data: Path, pairs_file: Path) -> VerificationSet:
     pairs = protocol.read_pairs(pairs_file)
     found, left, right = data_gen.find_photos(pairs, data)
     root, no_originals = originals(data)
-    boxes = {row.source: row.box for row in manifest.read_manifest(data)} if root else {}
     photos = [
         Photo(
             photo.source, photo.label, photo.crop, photo.undetected,
-            None if root is None else root / photo.source, boxes.get(photo.source),
+            None if root is None else root / photo.source, photo.box,
         )
         for photo in found
     ]  # fmt: skip
@@ -129,12 +132,11 @@ def _load_prepared(data: Path, pairs_file: Path) -> VerificationSet:
 
 def originals(data: Path) -> tuple[Path | None, str]:
     """The folder that a set was prepared from, or why there is none (in words, for the report)."""
-    settings = data / "pre_process.json"
     try:
-        known = json.loads(settings.read_text())
+        known = manifest.read_settings(data)
         source, packed = Path(known["source"]), known["bytes"] is not None
     except (OSError, ValueError, KeyError, TypeError):
-        return None, f"{settings.name} does not say where the photos are"
+        return None, f"{manifest.SETTINGS} does not say where the photos are"
     root = data / "source" if packed else config.ROOT / source  # an absolute path stays as it is
     if "\0" in str(root) or not root.is_dir():
         return None, f"the photos are gone from {config.canonical(root)}"

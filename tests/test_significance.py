@@ -40,7 +40,7 @@ def test_a_resample_scores_as_the_protocol_does_on_its_pairs(seed, ties):
         assert got == pytest.approx(expected, abs=1e-12)
         far, tar = significance._roc(counts, same, ends)
         assert np.trapezoid(tar, far) == pytest.approx(protocol.auc(*drawn[:2]), abs=1e-12)
-        assert significance._eer(far, tar) == pytest.approx(protocol.eer(*drawn[:2]), abs=1e-12)
+        assert protocol.eer_of_curve(far, tar) == pytest.approx(protocol.eer(*drawn[:2]), abs=1e-12)
         for rate in (0.01, 0.1):
             one = protocol.tar_at_far(*drawn[:2], rate)
             assert np.interp(rate, far, tar) == pytest.approx(one, abs=1e-12)
