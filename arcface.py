@@ -166,7 +166,8 @@ class _MarginLogits(torch.autograd.Function):
         logits = (u @ weight.T).mul_(w_inv.T)  # (N, C): cosines until scaled below
 
         # Kahan: theta = 2 atan2(|u - v|, |u + v|) has an error of rounding size at every angle.
-        near, far = (u[rows] - v).norm(dim=1), (u[rows] + v).norm(dim=1)  # (K,)
+        mine = u[rows]  # (K, E)
+        near, far = (mine - v).norm(dim=1), (mine + v).norm(dim=1)  # (K,)
         theta = 2 * torch.atan2(near, far)
         target, slope = phi(theta)  # (K,)
 
@@ -190,19 +191,20 @@ class _MarginLogits(torch.autograd.Function):
             # phi falls by `slope` per radian, so its gradient is slope times the unit vector in
             # which u (or v) has to turn.
             pull = (grad[rows, labels] * ctx.s * slope)[:, None]  # (K, 1)
+            mine = u[rows]  # (K, E)
             rest = grad * (ctx.s * w_inv.T)  # (N, C)
             rest[rows, labels] = 0.0
             grad_x = grad_weight = None
             if ctx.needs_input_grad[0]:
                 grad_u = rest @ weight  # (N, E)
                 grad_u -= (grad_u * u).sum(dim=1, keepdim=True) * u  # a length has no effect
-                grad_u[rows] += pull * _towards(u[rows], v)
+                grad_u[rows] += pull * _towards(mine, v)
                 grad_x = grad_u * x_inv  # (N, E)
             if ctx.needs_input_grad[1]:
                 grad_weight = rest.T @ u  # (C, E)
                 radial = rest.mul_(logits).sum(dim=0)[:, None] * w_inv / ctx.s  # (C, 1)
                 grad_weight.addcmul_(weight, radial, value=-1)
-                own = pull * _towards(v, u[rows]) * w_inv[labels]  # (K, E)
+                own = pull * _towards(v, mine) * w_inv[labels]  # (K, E)
                 grad_weight.index_add_(0, labels, own)
                 if sampled is not None:
                     grad_weight = torch.sparse_coo_tensor(

@@ -75,6 +75,11 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def exists(folder: Path) -> bool:
+    """Whether a run has saved anything yet, damaged or not."""
+    return (folder / LAST).exists() or (folder / PREVIOUS).exists()
+
+
 def save_checkpoint(folder: Path, state: dict) -> None:
     """`state` -> folder/last.pt; the one before stays as previous.pt.
 

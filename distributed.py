@@ -33,12 +33,13 @@ def join(name: str) -> torch.device:
     if device.type == "cuda":
         if device.index is not None:
             raise InputError(f"--device {name} under torchrun: name cuda, each rank takes its card")
-        local, cards = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if local >= cards:
+        cards = torch.cuda.device_count()
+        if local_rank() >= cards:
             raise InputError(
-                f"rank {local} has no card: --nproc-per-node may be {cards} at most", local=True
+                f"rank {local_rank()} has no card: --nproc-per-node may be {cards} at most",
+                local=True,
             )
-        device = torch.device("cuda", local)
+        device = torch.device("cuda", local_rank())
         torch.cuda.set_device(device)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
@@ -70,6 +71,12 @@ def local_ranks() -> int:
 def local_rank() -> int:
     """This rank's number on its machine."""
     return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def device() -> torch.device:
+    """Where a tensor must lie that the ranks exchange."""
+    nccl = dist.is_initialized() and dist.get_backend() == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
 
 
 def say(line: str) -> None:

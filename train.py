@@ -153,8 +153,8 @@ def train(
     # ---- resume
     step, best = 0, -1.0
     photos = faces.digest()  # once: it reads all names, millions in a large set
-    if (run / checkpoint.LAST).exists() or (run / checkpoint.PREVIOUS).exists():
-        saved = training_state.load(run, device)
+    if checkpoint.exists(run):
+        saved = training_state.load(run)
         training_state.check_classes(saved, faces, photos, run)
         training_state.restore(saved, net, run)
         step, best = saved["step"], saved["best"]
@@ -180,7 +180,7 @@ def train(
         rate = learning_rate(step, sampler.steps, options)
         entropy, own, other = backward(net, batch, step, options)  # (N,), then degrees (N,)
         norm = gradient_norm(net)
-        code, loss_ok, norm_ok = agree(stop.code, entropy, norm, device)
+        code, loss_ok, norm_ok = agree(stop.code, entropy, norm)
         check_finite(net, loss_ok, norm_ok, step, rate, norm, entropy, batch, faces)
         update(net, norm, norm_ok, rate, options.clip_norm)
         step += 1
@@ -238,8 +238,7 @@ def with_defaults(options: TrainOptions) -> TrainOptions:
         data = config.DATA / "faces"
     folder = data.parent if data and data.suffix == ".rec" else data
     name = options.name or options.recipe or (folder.resolve().name if folder else "demo")
-    run = options.runs / name
-    begun = any((run / file).exists() for file in (checkpoint.LAST, checkpoint.PREVIOUS))
+    begun = checkpoint.exists(options.runs / name)
     if data is None:
         distributed.say("No --data and no data/raw: using the embedded faces (data/synthetic).")
         data = config.SYNTHETIC / "train"
@@ -297,7 +296,7 @@ def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
 
 def open_run(run: Path, options: TrainOptions) -> str:
     """-> "new", "unfinished" or "finished". Raises InputError: the folder holds another run."""
-    begun = any((run / name).exists() for name in (checkpoint.LAST, checkpoint.PREVIOUS))
+    begun = checkpoint.exists(run)
     if not (run / "config.json").exists() and not begun:
         if options.resume:
             raise InputError(f"{run} holds no run to resume: check --name, or leave out --resume")
@@ -328,7 +327,7 @@ def options_of(run: Path, begun: bool) -> dict[str, object]:
     except InputError as error:
         if not begun:
             raise
-        saved = training_state.load(run, utils.pick_device("cpu"))
+        saved = training_state.load(run)
         distributed.say(f"WARNING: {error}; its options are taken from the checkpoint")
         return saved["options"]
 
@@ -394,6 +393,8 @@ def print_what_runs(net: Net, options: TrainOptions, num_identities: int) -> Non
     )
     memory = head_memory(options, num_identities, ranks)
     total, there = sum(memory.values()), utils.total_memory(net.device)
+    if net.device.type == "cpu":
+        there //= distributed.local_ranks()  # they share it
     parts = ", ".join(f"{name} {bytes_ / 1e6:,.0f} MB" for name, bytes_ in memory.items())
     distributed.say(f"{options.head} head of {num_identities:,} identities, a rank: {parts}")
     if total > there and distributed.rank() == 0:

@@ -160,13 +160,13 @@ class Stop:
             signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if not self.code:
+        again = bool(self.code)
+        if not again:
             self.code, self.asked = 128 + number, time.monotonic()
-            if "TORCHELASTIC_RUN_ID" in os.environ:
-                return
         elif time.monotonic() - self.asked < self.SAME:
             return
-        for either in self.SIGNALS:
-            signal.signal(either, signal.SIG_DFL)
-        if time.monotonic() - self.asked >= self.SAME:
+        if again or "TORCHELASTIC_RUN_ID" not in os.environ:
+            for either in self.SIGNALS:
+                signal.signal(either, signal.SIG_DFL)
+        if again:
             signal.raise_signal(number)

@@ -22,7 +22,6 @@ from sharded_head import ShardedHead
 from training_step import Net, seed_of_rank
 
 FORMAT = 2  # of a checkpoint
-CPU = torch.device("cpu")
 
 
 def save(
@@ -36,11 +35,9 @@ def save(
     best: float,
 ) -> None:
     """The first rank writes last.pt; before it, each its part of a sharded head."""
-    device = net.device
-    rng = distributed.gather(torch.get_rng_state()[None].to(device)).cpu()  # (R, bytes)
-    rng_cuda = torch.zeros(0)
-    if device.type == "cuda":
-        rng_cuda = distributed.gather(torch.cuda.get_rng_state(device)[None].to(device)).cpu()
+    rng, rng_cuda = gather_rows(torch.get_rng_state()), torch.zeros(0)
+    if net.device.type == "cuda":
+        rng_cuda = gather_rows(torch.cuda.get_rng_state(net.device))
     optimizer = net.optimizer.state_dict()
     parts: dict[str, str] = {}
     if net.sharded:
@@ -76,24 +73,28 @@ def save_parts(run: Path, head: ShardedHead, momentum: Tensor | None, step: int)
     rank, ranks = distributed.rank(), distributed.ranks()
     _, digest = checkpoint.save_part(run, step, rank, ranks, state)
     bytes_ = torch.frombuffer(bytearray.fromhex(digest), dtype=torch.uint8)  # (32,)
-    digests = distributed.gather(bytes_[None].to(head.weight.device)).cpu()  # (R, 32)
     return {
         checkpoint.part_name(step, number, ranks): bytes(row.tolist()).hex()
-        for number, row in enumerate(digests)
+        for number, row in enumerate(gather_rows(bytes_))
     }
 
 
-def load(run: Path, device: torch.device = CPU) -> dict:
+def gather_rows(row: Tensor) -> Tensor:
+    """One row of each rank, on the CPU -> (R, ...), there too."""
+    return distributed.gather(row[None].to(distributed.device())).cpu()
+
+
+def load(run: Path) -> dict:
     """The newest good checkpoint: the first rank finds it, the others take the same."""
-    choice = torch.zeros(2, dtype=torch.int64, device=device)  # place in the names, step
+    choice = torch.zeros(2, dtype=torch.int64)  # place in the names, step
     names = (checkpoint.LAST, checkpoint.PREVIOUS)
     if not distributed.rank():
         saved, warnings = checkpoint.load_checkpoint(run)
         for warning in warnings:
             print(f"WARNING: {warning}", file=sys.stderr)
         damaged = not (run / checkpoint.LAST).exists()  # load_checkpoint has put it aside
-        choice = torch.tensor([int(damaged), saved["step"]], device=device)
-    place, step = distributed.max_(choice).tolist()
+        choice = torch.tensor([int(damaged), saved["step"]])
+    place, step = distributed.max_(choice.to(distributed.device())).tolist()
     if distributed.rank():
         saved, _ = checkpoint.load_checkpoint(run, (names[place],), parts=False)
         if saved["step"] != step:

@@ -3,7 +3,7 @@
     net = build(options, num_identities, device, amp)
     entropy, own, other = backward(net, batch, step, options)
     norm = gradient_norm(net)
-    code, loss_ok, norm_ok = agree(stop.code, entropy, norm, device)     # over all ranks
+    code, loss_ok, norm_ok = agree(stop.code, entropy, norm)             # over all ranks
     check_finite(net, loss_ok, norm_ok, ...)                             # before the update
     update(net, norm, norm_ok, rate, options.clip_norm)
 
@@ -202,13 +202,13 @@ def gradient_norm(net: Net) -> Tensor:
     return (norm(gradients(net.backbone)).square() + head).sqrt()
 
 
-def agree(code: int, entropy: Tensor, norm: Tensor, device: torch.device) -> tuple[int, bool, bool]:
+def agree(code: int, entropy: Tensor, norm: Tensor) -> tuple[int, bool, bool]:
     """What any rank has met counts for all: a signal, a loss or a norm that is not finite.
 
     -> exit code or 0, loss is fine, norm is fine. note: a CPU-GPU sync point.
     """
     bad = torch.stack([~entropy.isfinite().all(), ~norm.isfinite()]).to(torch.int64)
-    flags = torch.cat([torch.tensor([code], device=device), bad])
+    flags = torch.cat([bad.new_tensor([code]), bad])
     code, bad_loss, bad_norm = distributed.max_(flags).tolist()
     return code, not bad_loss, not bad_norm
 

@@ -203,11 +203,10 @@ def hardware(device: torch.device) -> str:
 
 
 def total_memory(device: torch.device) -> int:
-    """Bytes of the card, or of this machine; of its share where it has several ranks."""
+    """Bytes of the card, or of this machine."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // ranks
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def keep_freed_memory() -> None:

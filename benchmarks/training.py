@@ -153,7 +153,7 @@ def our_step(network: str, batch: data_gen.Batch, device: torch.device) -> Calla
     def run() -> None:
         entropy, _, _ = training_step.backward(net, batch, 0, options)
         norm = training_step.gradient_norm(net)
-        _, _, norm_ok = training_step.agree(0, entropy, norm, device)
+        _, _, norm_ok = training_step.agree(0, entropy, norm)
         training_step.update(net, norm, norm_ok, 0.01, options.clip_norm)
 
     return run

@@ -221,7 +221,7 @@ def test_row28_zero_pixels_and_a_nan_pixel(options, batch, faces):
         patch.setattr(training_step.utils, "to_batch", spoiled)
         entropy, _, _ = training_step.backward(net, batch, 0, options)
     norm = training_step.gradient_norm(net)
-    code, loss_ok, norm_ok = training_step.agree(0, entropy, norm, CPU)
+    code, loss_ok, norm_ok = training_step.agree(0, entropy, norm)
     assert (code, loss_ok, norm_ok) == (0, False, False)
     with pytest.raises(InputError) as error:
         training_step.check_finite(
