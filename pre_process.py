@@ -23,47 +23,32 @@ import csv
 import io
 import itertools
 import json
-import multiprocessing
 import os
 import shutil
-import signal
-import threading
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
 import align_faces
 import archives
+import crop_faces
 import manifest
 import synthetic_faces
 from checkpoint import lock, write_atomic, write_json
 from config import InputError, PreProcessOptions
-from detect_faces import FaceDetector, Faces, central_face
-from images import SUFFIXES, UnreadableImage, read_image, write_jpeg
+from crop_faces import NO_FACE, NO_SHAPE, Photo, write_crop
+from images import SUFFIXES, UnreadableImage, read_image
 from manifest import ALIGNED, REJECTED, UNDETECTED, Row
 from utils import Progress, pick_device
 
 SETTINGS = "pre_process.json"
 JOURNAL = "manifest.part.csv"  # rows as they are done; gone once manifest.csv holds them
-NO_FACE = "no face"
-NO_SHAPE = "landmarks are no face"
 # What --keep-undetected can still crop: the photo is readable, only its landmarks are missing.
 CROPPABLE = (NO_FACE, NO_SHAPE)
-BUFFER_PIXELS = 1 << 24  # decoded photos that a worker holds
-
-
-class Photo(NamedTuple):
-    source: str  # path below the root, with /
-    identity: str
-    image: str  # path of the crop below --out
 
 
 def main(options: PreProcessOptions) -> None:
@@ -90,7 +75,7 @@ def prepare(src: Path, out: Path, options: PreProcessOptions) -> None:
     check_folders(src, out)
     existed = out.exists()
     out.mkdir(parents=True, exist_ok=True)
-    with lock(out):
+    with lock(out) as locked:
         try:
             root = open_source(src, out, options)
             listing = list_photos(root)
@@ -98,13 +83,35 @@ def prepare(src: Path, out: Path, options: PreProcessOptions) -> None:
             todo = [photo for photo in listing.photos if photo.source not in done]
             if done:
                 print(f"{src}: {len(done):,} of {len(listing.photos):,} photos are done already.")
-            rate = detect_all(todo, root, out, done, options) if todo else None
+            rate = detect_all(todo, root, out, done, options, locked) if todo else None
             rows = finish(done, listing, root, out, options)
         except InputError:
             if not existed:  # leave nothing behind for a source that can't be used
                 forget(out)
             raise
     summarize(rows, listing, out, rate)
+
+
+def detect_all(
+    todo: list[Photo],
+    root: Path,
+    out: Path,
+    done: dict[str, str],
+    options: PreProcessOptions,
+    locked: int | None = None,
+) -> float:
+    """Find and align all faces of `todo`, adding to `done` and to the journal. -> photos/s."""
+    progress = Progress(len(todo), "Aligning faces")
+    with open(out / JOURNAL, "ab") as journal:
+        for rows in crop_faces.run(todo, root, out, options, pick_device(options.device), locked):
+            lines = [row.line() for row in rows]
+            journal.write("".join(lines).encode(errors="surrogateescape"))
+            journal.flush()
+            os.fsync(journal.fileno())
+            done.update((row.source, line) for row, line in zip(rows, lines, strict=True))
+            progress.update(len(rows))
+    progress.close()
+    return progress.rate()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -275,146 +282,6 @@ def is_whole(path: Path) -> bool:
 
 
 # --------------------------------------------------------------------------------------------------
-# detection and alignment
-
-
-def detect_all(
-    todo: list[Photo], root: Path, out: Path, done: dict[str, str], options: PreProcessOptions
-) -> float:
-    """Find and align all faces of `todo`, adding to `done` and to the journal. -> photos/s."""
-    progress = Progress(len(todo), "Aligning faces")
-    size = options.batch_size
-    chunks = [todo[start : start + size] for start in range(0, len(todo), size)]
-    with open(out / JOURNAL, "ab") as journal:
-        for rows in run_chunks(chunks, root, out, options):
-            lines = [row.line() for row in rows]
-            journal.write("".join(lines).encode(errors="surrogateescape"))
-            journal.flush()
-            os.fsync(journal.fileno())
-            done.update((row.source, line) for row, line in zip(rows, lines, strict=True))
-            progress.update(len(rows))
-    progress.close()
-    return progress.rate()
-
-
-def run_chunks(
-    chunks: list[list[Photo]], root: Path, out: Path, options: PreProcessOptions
-) -> Iterator[list[Row]]:
-    """The rows of each chunk as they come, from several processes or from this one."""
-    device = pick_device(options.device)
-    workers = options.workers
-    if workers < 0:
-        workers = 0 if device.type == "cuda" else os.cpu_count() or 1
-    workers = min(workers, len(chunks))
-    arguments = (root, out, options, str(device))
-    if workers <= 1:
-        worker = Worker(*arguments)
-        yield from map(worker.process, chunks)
-        return
-    pool = ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), start_worker, arguments
-    )
-    try:
-        yield from in_flight(pool, chunks, 2 * workers)
-    except BrokenProcessPool as error:
-        raise SystemExit(
-            config.complain("a worker process died (out of memory?); run again to go on", 1)
-        ) from error
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
-def in_flight(
-    pool: ProcessPoolExecutor, chunks: list[list[Photo]], most: int
-) -> Iterator[list[Row]]:
-    """Keep `most` chunks submitted, so that memory does not grow with the number of photos."""
-    waiting: set[Future] = set()
-    for chunk in chunks:
-        waiting.add(pool.submit(process_chunk, chunk))
-        if len(waiting) >= most:
-            ready, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-            yield from (future.result() for future in ready)
-    while waiting:
-        ready, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-        yield from (future.result() for future in ready)
-
-
-class Worker:
-    """Detector and folders of one process."""
-
-    def __init__(self, root: Path, out: Path, options: PreProcessOptions, device: str):
-        torch.set_num_threads(1)
-        self.root, self.out, self.options = root, out, options
-        self.detector = FaceDetector(
-            options.min_face_size, options.thresholds, options.factor, device
-        )
-
-    def process(self, chunk: list[Photo]) -> list[Row]:
-        """Read, detect, align and write a chunk of photos -> their rows."""
-        rows: list[Row] = []
-        held: list[tuple[Photo, np.ndarray]] = []
-        for photo in chunk:
-            try:
-                held.append((photo, read_image(self.root / photo.source, self.options.max_pixels)))
-            except UnreadableImage as error:
-                rows.append(Row(photo.source, photo.identity, "", REJECTED, str(error)))
-            if sum(image.shape[0] * image.shape[1] for _, image in held) > BUFFER_PIXELS:
-                rows += self._align(held)
-                held = []
-        return rows + self._align(held)
-
-    def _align(self, held: list[tuple[Photo, np.ndarray]]) -> list[Row]:
-        found = self.detector.detect([image for _, image in held])
-        return [self._row(*pair, faces) for pair, faces in zip(held, found, strict=True)]
-
-    def _row(self, photo: Photo, image: np.ndarray, faces: Faces) -> Row:
-        height, width = image.shape[:2]
-        row = Row(photo.source, photo.identity, "", REJECTED, NO_FACE, width, height, len(faces))
-        if not len(faces):
-            return row
-        index = central_face(faces, width, height)
-        # As the manifest will hold them, so that the crop can be made again from it.
-        landmarks = faces.landmarks[index].round(4)
-        row = replace(
-            row,
-            score=float(faces.scores[index]),
-            box=faces.boxes[index],
-            landmarks=landmarks,
-        )
-        matrix = align_faces.similarity_transform(landmarks)
-        if matrix is None or align_faces.fit_residual(landmarks, matrix) > align_faces.MAX_RESIDUAL:
-            return replace(row, reason=NO_SHAPE)
-        write_crop(self.out / photo.image, align_faces.warp(image, matrix))
-        return replace(row, image=photo.image, status=ALIGNED, reason="")
-
-
-def write_crop(path: Path, crop: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_jpeg(path, crop)
-
-
-_worker: Worker  # of this process, where it is one of several
-
-
-def start_worker(*arguments) -> None:
-    global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
-    _worker = Worker(*arguments)
-
-
-def end_with_parent(parent: int) -> None:
-    """A worker whose parent was killed would wait for work forever."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
-
-
-def process_chunk(chunk: list[Photo]) -> list[Row]:
-    return _worker.process(chunk)
-
-
-# --------------------------------------------------------------------------------------------------
 # the end: what was not detected, the manifest, the summary
 
 
@@ -437,6 +304,7 @@ def finish(
     lines = [manifest.csv_line(list(manifest.COLUMNS)), *(row.line() for row in rows)]
     write_atomic(out / manifest.NAME, "".join(lines).encode(errors="surrogateescape"))
     (out / JOURNAL).unlink(missing_ok=True)
+    shutil.rmtree(out / crop_faces.PARTS, ignore_errors=True)
     return rows
 
 
@@ -459,7 +327,7 @@ def crop_undetected(
     except UnreadableImage as error:  # changed since it was looked at
         return replace(row, reason=str(error))
     matrix = align_faces.similarity_transform(landmarks)
-    write_crop(out / photo.image, align_faces.warp(image, matrix))
+    write_crop(out, photo.image, align_faces.warp(image, matrix))
     return replace(row, image=photo.image, status=UNDETECTED, landmarks=landmarks)
 
 

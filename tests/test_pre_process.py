@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import align_faces
+import crop_faces
 import manifest
 import pre_process
 from config import InputError, PreProcessOptions
@@ -134,7 +135,7 @@ def test_a_second_run_has_nothing_to_do(raw, tmp_path, capsys, monkeypatch):
     pre_process.prepare(raw, tmp_path / "out", OPTIONS)
     before = tree(tmp_path / "out")
     capsys.readouterr()
-    monkeypatch.setattr(pre_process, "Worker", None)  # a detector would fail
+    monkeypatch.setattr(crop_faces, "Worker", None)  # a detector would fail
     pre_process.prepare(raw, tmp_path / "out", OPTIONS)
     assert tree(tmp_path / "out") == before
     assert "nothing was left to do" in capsys.readouterr().out

@@ -1,0 +1,268 @@
+"""Photos in; crops on disk and a row of the manifest each: in one process, several, or on a GPU.
+
+    for rows in run(photos, root, out, options, device):  # in no fixed order, some photos at a time
+        ...
+
+On a CPU every process takes photo after photo, with one thread. On a GPU one process feeds the card
+with batches, while threads decode the next photos and write the crops of the last ones.
+
+What becomes of a photo depends on nothing but the photo (on a GPU, where it is taken together with
+others, up to rounding), so that any number of processes gives the same files.
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    wait,
+)
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import torch
+
+import align_faces
+import config
+import pyramid
+from config import PreProcessOptions
+from detect_faces import FaceDetector, Faces, central_face
+from images import UnreadableImage, jpeg_bytes, read_image
+from manifest import ALIGNED, REJECTED, Row
+
+PARTS = ".part"  # folder of crops that are being written: what a kill leaves is in there
+NO_FACE = "no face"
+NO_SHAPE = "landmarks are no face"
+_STOP_SECONDS = 0.5  # how soon a worker sees that the run is over
+
+
+class Photo(NamedTuple):
+    source: str  # path below the root, with /
+    identity: str
+    image: str  # path of the crop below --out
+
+
+def run(
+    photos: list[Photo],
+    root: Path,
+    out: Path,
+    options: PreProcessOptions,
+    device: torch.device,
+    locked: int | None = None,
+) -> Iterator[list[Row]]:
+    """Find, align and write the face of each photo -> rows as they come.
+
+    `locked` is the descriptor that holds the lock on `out`: forked workers must not keep it.
+    """
+    workers = options.workers
+    if workers < 0:
+        workers = max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    (out / PARTS).mkdir(exist_ok=True)
+    if device.type == "cuda":
+        worker = Worker(root, out, options, str(device))
+        yield from feed(worker, chunked(photos, options.batch_size, 1), max(1, workers))
+    elif workers <= 1 or len(photos) < 2:
+        worker = Worker(root, out, options, str(device))
+        yield from map(worker.process, chunked(photos, options.batch_size, 1))
+    else:
+        chunks = chunked(photos, options.batch_size, workers)
+        yield from spread(chunks, workers, (root, out, options, str(device)), locked)
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def chunked(photos: list[Photo], most: int, workers: int) -> Iterator[list[Photo]]:
+    """Chunks that become smaller towards the end, so that all workers end at about one time."""
+    start = 0
+    while start < len(photos):
+        fair = (len(photos) - start) // (3 * workers)
+        stop = start + max(1, min(most, fair) if workers > 1 else most)
+        yield photos[start:stop]
+        start = stop
+
+
+class Worker:
+    """Detector and folders of one process."""
+
+    def __init__(self, root: Path, out: Path, options: PreProcessOptions, device: str):
+        torch.set_num_threads(1)
+        cv2.setNumThreads(1)
+        self.root, self.out, self.options = root, out, options
+        self.detector = FaceDetector(
+            options.min_face_size, options.thresholds, options.factor, device
+        )
+
+    def process(self, chunk: list[Photo]) -> list[Row]:
+        """Read, detect, align and write one photo after the other -> their rows."""
+        rows = []
+        for photo in chunk:
+            read = self.read(photo)
+            if isinstance(read, Row):
+                rows.append(read)
+            else:
+                rows.append(self.write(photo, *read, self.detector.detect([read[0]])[0]))
+        return rows
+
+    def read(self, photo: Photo) -> tuple[np.ndarray, str] | Row:
+        """-> uint8 (H, W, 3) and what was unusual about it, or the row that says why not."""
+        notes: Counter = Counter()
+        try:
+            image = read_image(self.root / photo.source, self.options.max_pixels, notes)
+        except UnreadableImage as error:
+            return Row(photo.source, photo.identity, "", REJECTED, str(error))
+        return image, ", ".join(notes)
+
+    def write(self, photo: Photo, image: np.ndarray, note: str, faces: Faces) -> Row:
+        """Align the central face and write the crop."""
+        height, width = image.shape[:2]
+        row = Row(photo.source, photo.identity, "", REJECTED, NO_FACE, width, height, len(faces))
+        if not len(faces):
+            return row
+        index = central_face(faces, width, height)
+        # As the manifest will hold them, so that the crop can be made again from it.
+        landmarks = faces.landmarks[index].round(4)
+        row = replace(
+            row,
+            score=float(faces.scores[index]),
+            box=faces.boxes[index],
+            landmarks=landmarks,
+        )
+        matrix = align_faces.similarity_transform(landmarks)
+        if matrix is None or align_faces.fit_residual(landmarks, matrix) > align_faces.MAX_RESIDUAL:
+            return replace(row, reason=NO_SHAPE)
+        write_crop(self.out, photo.image, align_faces.warp(image, matrix))
+        return replace(row, image=photo.image, status=ALIGNED, reason=note)
+
+
+def write_crop(out: Path, image: str, crop: np.ndarray) -> None:
+    """Written elsewhere under a name of this thread alone, then moved: never half a crop."""
+    name = f"{os.environ.get('RANK', 0)}-{os.getpid()}-{threading.get_ident()}"
+    temporary, path = out / PARTS / name, out / image
+    temporary.write_bytes(jpeg_bytes(crop))
+    try:
+        os.replace(temporary, path)
+    except FileNotFoundError:  # the first of its folder
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(temporary, path)
+
+
+# --------------------------------------------------------------------------------------------------
+# a GPU: threads around one detector
+
+
+def feed(worker: Worker, chunks: Iterable[list[Photo]], threads: int) -> Iterator[list[Row]]:
+    """Detect chunk after chunk; the next two are decoded and the last two written meanwhile."""
+    reading: deque[tuple[list[Photo], list[Future]]] = deque()
+    writing: deque[list[Future]] = deque()
+
+    def read(photo: Photo) -> tuple[np.ndarray, str] | Row | None:
+        one = worker.read(photo)
+        # A large photo waits for its turn: some of them would fill the memory.
+        return None if isinstance(one, tuple) and pyramid.is_large(one[0]) else one
+
+    def detect() -> list[Future]:
+        chunk, reads = reading.popleft()
+        ones = [future.result() for future in reads]
+        found = iter(worker.detector.detect([one[0] for one in ones if isinstance(one, tuple)]))
+        written = []
+        for photo, one in zip(chunk, ones, strict=True):
+            if isinstance(one, tuple):
+                written.append(pool.submit(worker.write, photo, *one, next(found)))
+            else:
+                row = one or worker.process([photo])[0]
+                written.append(pool.submit(lambda row=row: row))
+        return written
+
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for chunk in chunks:
+                reading.append((chunk, [pool.submit(read, photo) for photo in chunk]))
+                if len(reading) > 2:
+                    writing.append(detect())
+                if len(writing) > 2:
+                    yield [future.result() for future in writing.popleft()]
+            while reading:
+                writing.append(detect())
+            while writing:
+                yield [future.result() for future in writing.popleft()]
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# a CPU: several processes
+
+
+def spread(
+    chunks: Iterable[list[Photo]], workers: int, arguments: tuple, locked: int | None
+) -> Iterator[list[Row]]:
+    # A fork starts at once, a fresh process imports torch for seconds. Only where no thread but
+    # this one has computed, as is the case here; macOS's own libraries don't take it.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    stop = context.Event()
+    if context.get_start_method() != "fork":
+        locked = None
+    pool = ProcessPoolExecutor(workers, context, start_worker, (stop, locked, arguments))
+    try:
+        yield from in_flight(pool, chunks, 2 * workers)
+    except BrokenProcessPool as error:
+        raise SystemExit(
+            config.complain("a worker process died (out of memory?); run again to go on", 1)
+        ) from error
+    except BaseException:  # Ctrl-C, or a full disk: the work that is under way is not waited for
+        stop.set()
+        raise
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def in_flight(
+    pool: ProcessPoolExecutor, chunks: Iterable[list[Photo]], most: int
+) -> Iterator[list[Row]]:
+    """Keep `most` chunks submitted, so that memory does not grow with the number of photos."""
+    waiting: set[Future] = set()
+    for chunk in chunks:
+        waiting.add(pool.submit(process_chunk, chunk))
+        if len(waiting) >= most:
+            ready, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+            yield from (future.result() for future in ready)
+    while waiting:
+        ready, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+        yield from (future.result() for future in ready)
+
+
+_worker: Worker  # of this process, where it is one of several
+
+
+def start_worker(stop, locked: int | None, arguments: tuple) -> None:
+    global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    if locked is not None:
+        os.close(locked)  # or a killed run would hold the folder until its last worker has seen it
+    threading.Thread(target=end_with_parent, args=(stop, os.getppid()), daemon=True).start()
+    _worker = Worker(*arguments)
+
+
+def end_with_parent(stop, parent: int) -> None:
+    """A worker whose parent was killed would wait for work forever."""
+    while not stop.wait(_STOP_SECONDS) and os.getppid() == parent:
+        pass
+    os._exit(1)
+
+
+def process_chunk(chunk: list[Photo]) -> list[Row]:
+    return _worker.process(chunk)
