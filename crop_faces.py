@@ -35,6 +35,7 @@ import torch
 
 import align_faces
 import config
+import job
 import pyramid
 from config import PreProcessOptions
 from detect_faces import FaceDetector, Faces, central_face
@@ -67,7 +68,7 @@ def run(
     """
     workers = options.workers
     if workers < 0:
-        workers = max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        workers = max(1, cores() // job.local_ranks())
     (out / PARTS).mkdir(exist_ok=True)
     if device.type == "cuda":
         worker = Worker(root, out, options, str(device))
@@ -150,7 +151,7 @@ class Worker:
 
 def write_crop(out: Path, image: str, crop: np.ndarray) -> None:
     """Written elsewhere under a name of this thread alone, then moved: never half a crop."""
-    name = f"{os.environ.get('RANK', 0)}-{os.getpid()}-{threading.get_ident()}"
+    name = f"{job.rank()}-{os.getpid()}-{threading.get_ident()}"
     temporary, path = out / PARTS / name, out / image
     temporary.write_bytes(jpeg_bytes(crop))
     try:

@@ -13,6 +13,7 @@ beside. A GPU takes photos of any sizes together.
 Legend of shapes: N photos taken together, H height, W width, B boxes.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -27,6 +28,8 @@ from pyramid import Canvas
 _BATCH_PIXELS = 1 << 24  # of the canvases that a GPU takes together
 _CHUNK = {24: 64, 48: 16}  # crops of a side that a network takes at once
 _GPU_FACTOR = 128  # so many times as many on a GPU
+_MATRIX = 512  # boxes up to which all overlaps at once are quicker than a call of nms
+_WINDOW = 8  # photos that a CPU takes through a stage before the next stage
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class FaceDetector:
     ):
         self.min_face_size, self.thresholds, self.factor = min_face_size, thresholds, factor
         self.device = torch.device(device)
+        self.batched = self.device.type != "cpu"
         self.pnet, self.rnet, self.onet = mtcnn.load(self.device)
         # glibc gives freed memory back to the kernel at once, and gets it again page by page, which
         # took a third of the time, until it has seen a large block go: then it keeps twice as much.
@@ -77,25 +81,30 @@ class FaceDetector:
     def detect(self, photos: list[np.ndarray]) -> list[Faces]:
         """uint8 (H, W, 3) RGB photos of any sizes -> the faces of each, in the same order."""
         found: list[Faces | None] = [None] * len(photos)
-        for part in self._parts(photos):
-            batch = _Photos([photos[index] for index in part], self.device)
-            for index, faces in zip(part, self._detect(batch), strict=True):
-                found[index] = faces
+        for parts in self._windows(photos):
+            batches = [_Photos([photos[index] for index in part], self.device) for part in parts]
+            faces = self._detect(batches)
+            for index, mine in zip(itertools.chain(*parts), faces, strict=True):
+                found[index] = mine
         return found
 
-    def _parts(self, photos: list[np.ndarray]) -> Iterator[list[int]]:
-        """Indices of the photos that are taken together: on a GPU those with canvases of a size."""
-        if self.device.type == "cpu":
-            yield from ([index] for index in range(len(photos)))
+    def _windows(self, photos: list[np.ndarray]) -> Iterator[list[list[int]]]:
+        """Indices of the photos whose stages go on together, in lists of those in one batch."""
+        large = [index for index, photo in enumerate(photos) if pyramid.is_large(photo)]
+        small = [index for index in range(len(photos)) if index not in set(large)]
+        yield from ([[index]] for index in large)
+        if not self.batched:
+            windows = (small[start : start + _WINDOW] for start in range(0, len(small), _WINDOW))
+            yield from ([[index] for index in window] for window in windows)
             return
-        by_canvas: dict[object, list[int]] = {}
-        for index, photo in enumerate(photos):
-            canvases = [] if pyramid.is_large(photo) else list(self._canvases(photo))
-            key = (canvases[0].height, canvases[0].width) if len(canvases) == 1 else index
-            by_canvas.setdefault(key, []).append(index)
-        for key, indices in by_canvas.items():
-            step = max(1, _BATCH_PIXELS // (key[0] * key[1])) if isinstance(key, tuple) else 1
-            yield from (indices[start : start + step] for start in range(0, len(indices), step))
+        by_canvas: dict[tuple, list[int]] = {}
+        for index in small:
+            sizes = tuple((canvas.height, canvas.width) for canvas in self._canvases(photos[index]))
+            by_canvas.setdefault(sizes, []).append(index)
+        for sizes, same in by_canvas.items():
+            largest = max((height * width for height, width in sizes), default=1)
+            step = max(1, _BATCH_PIXELS // largest)
+            yield from ([same[start : start + step]] for start in range(0, len(same), step))
 
     def _canvases(self, photo: np.ndarray) -> Iterator[Canvas]:
         height, width = photo.shape[:2]
@@ -103,57 +112,59 @@ class FaceDetector:
             pyramid.plan_canvases(height, width, self.min_face_size, self.factor, str(self.device))
         )
 
-    def _detect(self, photos: "_Photos") -> list[Faces]:
-        boxes = self._propose(photos)  # of each photo (B, 4)
-        boxes, seen = self._look(self.rnet, photos, boxes, 24, self.thresholds[1])
-        for number, (mine, saw) in enumerate(zip(boxes, seen, strict=True)):
-            keep = _suppress(mine, saw[:, 0], 0.7)
-            boxes[number] = _square(_move(mine[keep], saw[keep, 1:5]))
-        boxes, seen = self._look(self.onet, photos, boxes, 48, self.thresholds[2])
-        return [_faces(mine, saw) for mine, saw in zip(boxes, seen, strict=True)]
+    def _detect(self, batches: list["_Photos"]) -> list[Faces]:
+        """The cascade, each stage for all batches before the next: its code stays in the cache.
 
-    def _propose(self, photos: "_Photos") -> list[np.ndarray]:
-        """First stage: PNet over the pyramids -> square boxes (B, 4) of each photo."""
-        found: list[list[tuple]] = [[] for _ in photos.photos]
-        for canvases in zip(*map(self._canvases, photos.photos), strict=True):
+        In between, what a photo has (B, ...) is an item of a list of NumPy arrays.
+        """
+        cells = [mine for batch in batches for mine in self._propose(batch)]
+        boxes = [_merge(mine) for mine in cells]
+        boxes, seen = self._look(self.rnet, batches, boxes, 24, self.thresholds[1])
+        boxes = [_refine(*mine) for mine in zip(boxes, seen, strict=True)]
+        boxes, seen = self._look(self.onet, batches, boxes, 48, self.thresholds[2])
+        return [_faces(*mine) for mine in zip(boxes, seen, strict=True)]
+
+    def _propose(self, batch: "_Photos") -> list[list[tuple]]:
+        """First stage: PNet over the pyramids -> what passes, of each photo and canvas."""
+        found: list[list[tuple]] = [[] for _ in batch.photos]
+        for canvases in zip(*map(self._canvases, batch.photos), strict=True):
             outputs = (canvases[0].height - 2) * (canvases[0].width - 2)  # of the first convolution
             holes = [canvas.holes + number * outputs for number, canvas in enumerate(canvases)]
-            holes = torch.cat(holes) if len(holes) > 1 else holes[0]
-            score, features = mtcnn.propose(self.pnet, photos.draw(canvases), holes)
+            score, features = mtcnn.propose(self.pnet, batch.draw(canvases), torch.cat(holes))
             where = (score >= self.thresholds[0]).nonzero()  # (B, 3) photo, y, x
             shift = mtcnn.shifts(self.pnet, features[where.unbind(1)]).cpu().numpy()  # (B, 4)
             score, where = score[where.unbind(1)].cpu().numpy(), where.cpu().numpy()
             for number, canvas in enumerate(canvases):
                 mine = where[:, 0] == number
-                found[number].append(_cells(canvas, where[mine, 1:], score[mine], shift[mine]))
-        return [_merge(parts) for parts in found]
+                found[number].append((canvas, where[mine, 1:], score[mine], shift[mine]))
+        return found
 
-    def _look(self, net, photos: "_Photos", boxes: list[np.ndarray], size: int, threshold: float):
+    def _look(self, net, batches, boxes: list[np.ndarray], size: int, threshold: float):
         """A later stage's view of the boxes -> those of each photo that pass, and what it said.
 
-        Of each photo (B, 4) and (B, C), the columns of `mtcnn.refine`.
+        Lists of (B, 4) and of (B, C), the columns of `mtcnn.refine`.
         """
-        boxes, cuts = zip(*map(_clip, boxes, photos.sides), strict=True)
-        chunk = _CHUNK[size] if self.device.type == "cpu" else _CHUNK[size] * _GPU_FACTOR
-        seen = [mtcnn.refine(net, crops) for crops in photos.crops(cuts, size, chunk)]
-        if not seen:
-            return [mine[:0] for mine in boxes], [np.zeros((0, 15), np.float32) for _ in boxes]
-        seen = (torch.cat(seen) if len(seen) > 1 else seen[0]).cpu().numpy()
-        ends = np.cumsum([len(mine) for mine in boxes])[:-1]
-        passed = [saw[:, 0] > threshold for saw in np.split(seen, ends)]
+        sides = [(photo.shape[1], photo.shape[0]) for batch in batches for photo in batch.photos]
+        boxes, cuts = zip(*map(_clip, boxes, sides), strict=True)
+        cuts, seen = iter(cuts), []
+        for batch in batches:
+            mine = list(itertools.islice(cuts, len(batch.photos)))
+            said = [mtcnn.refine(net, crops) for crops in batch.crops(mine, size)]
+            said = torch.cat(said).cpu().numpy() if said else np.zeros((0, 15), np.float32)
+            seen += np.split(said, np.cumsum([len(part) for part in mine])[:-1])
+        passed = [said[:, 0] > threshold for said in seen]
         return (
-            [mine[keep] for mine, keep in zip(boxes, passed, strict=True)],
-            [saw[keep] for saw, keep in zip(np.split(seen, ends), passed, strict=True)],
+            [part[keep] for part, keep in zip(boxes, passed, strict=True)],
+            [said[keep] for said, keep in zip(seen, passed, strict=True)],
         )
 
 
 class _Photos:
-    """Photos that are taken together, and their tables of sums. A large photo is alone."""
+    """Photos that are in one batch, and their tables of sums. A large photo is alone."""
 
     def __init__(self, photos: list[np.ndarray], device: torch.device):
         self.photos, self.device = photos, device
         self.large = pyramid.is_large(photos[0])
-        self.sides = [(photo.shape[1], photo.shape[0]) for photo in photos]
         self.tables: list[torch.Tensor | None] = [None]
         if not self.large:
             self.tables = [pyramid.sum_table(photo).to(device) for photo in photos]
@@ -162,28 +173,27 @@ class _Photos:
             self.stride = np.array([photo.shape[1] + 1 for photo in photos])  # (N,)
 
     def draw(self, canvases: tuple[Canvas, ...]) -> torch.Tensor:
-        """A canvas of each photo -> float32 (N, H, W, 4)."""
+        """A canvas of each photo -> float32 (N, H, W, 3)."""
         drawn = [
             canvas.draw(photo, table)
             for canvas, photo, table in zip(canvases, self.photos, self.tables, strict=True)
         ]
         return torch.stack(drawn) if len(drawn) > 1 else drawn[0][None]
 
-    def crops(self, cuts: tuple[np.ndarray, ...], size: int, chunk: int) -> Iterator[torch.Tensor]:
-        """Integer boxes (B, 4) of each photo -> float32 (at most `chunk`, size, size, 4) each."""
+    def crops(self, cuts: list[np.ndarray], size: int) -> Iterator[torch.Tensor]:
+        """Integer boxes (B, 4) of each photo -> float32 (some, size, size, 3), in order."""
         owner = np.repeat(np.arange(len(cuts)), [len(mine) for mine in cuts])
         every = np.concatenate(cuts)
+        chunk = _CHUNK[size] * (1 if self.device.type == "cpu" else _GPU_FACTOR)
         for start in range(0, len(every), chunk):
             part, photo = every[start : start + chunk], owner[start : start + chunk]
             if not self.large:
-                yield pyramid.crop_boxes(
-                    self.table, self.first[photo], self.stride[photo], part, size
-                )
+                first, stride = self.first[photo], self.stride[photo]
+                yield pyramid.crop_boxes(self.table, first, stride, part, size)
                 continue
             cut = (self.photos[0][y1:y2, x1:x2] for x1, y1, x2, y2 in part)
-            yield torch.stack([pyramid.shrink(crop, (size, size), 0, size) for crop in cut]).to(
-                self.device
-            )
+            crops = [pyramid.shrink(crop, (size, size), 0, size) for crop in cut]
+            yield torch.stack(crops).to(self.device)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -202,12 +212,14 @@ def _cells(canvas: Canvas, where: np.ndarray, score: np.ndarray, shift: np.ndarr
 
 
 def _merge(parts: list[tuple]) -> np.ndarray:
-    """What `_cells` found on the photo's canvases -> square boxes (B, 4), duplicates dropped."""
+    """What passed PNet on the photo's canvases -> square boxes (B, 4), without duplicates."""
     if not parts:  # the photo is smaller than the smallest face
         return np.zeros((0, 4), np.float32)
-    level, boxes, score, shift = map(np.concatenate, zip(*parts, strict=True))
+    level, boxes, score, shift = map(
+        np.concatenate, zip(*itertools.starmap(_cells, parts), strict=True)
+    )
     # Levels are suppressed one by one: far apart from each other, in numbers that stay exact.
-    apart = level[:, None].astype(np.float32) * (np.ceil(boxes.max(initial=0)) + 1)
+    apart = level[:, None].astype(np.float32) * (boxes.max(initial=0) + 1)
     keep = _suppress(boxes + apart, score, 0.5)
     keep = keep[np.argsort(level[keep], kind="stable")]  # among equal scores the first wins
     keep = keep[_suppress(boxes[keep], score[keep], 0.7)]
@@ -215,9 +227,29 @@ def _merge(parts: list[tuple]) -> np.ndarray:
     return _square(boxes + shift[keep] * np.tile(sides, 2))
 
 
+def _refine(boxes: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    """What RNet said (B, 5) of the boxes (B, 4) -> square boxes, without duplicates."""
+    keep = _suppress(boxes, seen[:, 0], 0.7)
+    return _square(_move(boxes[keep], seen[keep, 1:5]))
+
+
 def _suppress(boxes: np.ndarray, scores: np.ndarray, threshold: float) -> np.ndarray:
     """Greedy suppression by intersection over union -> indices, the best score first."""
-    return nms(torch.from_numpy(boxes), torch.from_numpy(scores), threshold).numpy()
+    if len(boxes) > _MATRIX:
+        return nms(torch.from_numpy(boxes), torch.from_numpy(scores), threshold).numpy()
+    x1, y1, x2, y2 = boxes.T
+    area = (x2 - x1) * (y2 - y1)  # (B,)
+    width = np.minimum.outer(x2, x2) - np.maximum.outer(x1, x1)  # (B, B)
+    height = np.minimum.outer(y2, y2) - np.maximum.outer(y1, y1)
+    shared = np.maximum(width, 0) * np.maximum(height, 0)
+    same = shared / (np.add.outer(area, area) - shared) > threshold
+    rows = np.packbits(same, axis=1, bitorder="little")
+    keep, dropped = [], 0  # a bit a box
+    for index in np.argsort(-scores, kind="stable").tolist():
+        if not dropped >> index & 1:
+            keep.append(index)
+            dropped |= int.from_bytes(rows[index].tobytes(), "little")
+    return np.array(keep, dtype=np.int64)
 
 
 def _move(boxes: np.ndarray, shift: np.ndarray) -> np.ndarray:

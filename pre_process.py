@@ -3,6 +3,7 @@
     python pre_process.py                                        # data/raw, else synthetic faces
     python pre_process.py --src photos/ --out data/faces         # a folder, .zip, .tar or .tgz
     python pre_process.py --src lfw.tgz --out data/lfw --keep-undetected    # a test set
+    torchrun --nproc-per-node 8 pre_process.py --src photos/ --out data/faces   # on eight GPUs
 
 MTCNN finds the faces, the central one is taken, and five landmarks turn it upright by a similarity
 transform. Written into --out:
@@ -25,6 +26,7 @@ import itertools
 import json
 import os
 import shutil
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -36,38 +38,54 @@ import torch
 import align_faces
 import archives
 import crop_faces
+import job
 import manifest
 import synthetic_faces
 from checkpoint import lock, write_atomic, write_json
 from config import InputError, PreProcessOptions
-from crop_faces import NO_FACE, NO_SHAPE, Photo, write_crop
+from crop_faces import NO_FACE, NO_SHAPE, PARTS, Photo, write_crop
 from images import SUFFIXES, UnreadableImage, read_image
 from manifest import ALIGNED, REJECTED, UNDETECTED, Row
 from utils import Progress, pick_device
 
 SETTINGS = "pre_process.json"
 JOURNAL = "manifest.part.csv"  # rows as they are done; gone once manifest.csv holds them
+PART = "manifest.part.{}.csv"  # the same of another rank than the first
+TODO = "todo.csv"  # what the ranks share, in PARTS
 # What --keep-undetected can still crop: the photo is readable, only its landmarks are missing.
 CROPPABLE = (NO_FACE, NO_SHAPE)
 
 
 def main(options: PreProcessOptions) -> None:
     torch.set_num_threads(1)  # the work is spread over processes
-    if options.src is None and not config.RAW.exists():
+    with job.joined():
+        if options.src is not None or config.RAW.exists():
+            out = options.out or config.DATA / "faces"
+            if job.rank() == 0:
+                prepare(options.src or config.RAW, out, options)
+            else:
+                assist(out, options)
+            return
         if options.out is not None:
             raise InputError(f"--out {options.out} needs --src, since there is no data/raw")
-        print("No --src and no data/raw: using the embedded synthetic faces (data/synthetic).")
-        total = sum(len(people) * photos for people, photos in synthetic_faces.DEMO_SETS)
-        progress = Progress(total, "Drawing faces")
-        drawn = synthetic_faces.write_demo(config.SYNTHETIC, progress.update)
-        progress.close()
-        print(f"Drew {drawn} photos." if drawn else "All of them are drawn.")
+        if job.rank() == 0:
+            draw_demo()
         for name in ("train", "test"):
             folder = config.SYNTHETIC / name
             keep = name == "test" or options.keep_undetected
-            prepare(folder / "raw", folder, replace(options, keep_undetected=keep))
-        return
-    prepare(options.src or config.RAW, options.out or config.DATA / "faces", options)
+            if job.rank() == 0:
+                prepare(folder / "raw", folder, replace(options, keep_undetected=keep))
+            else:
+                assist(folder, options)
+
+
+def draw_demo() -> None:
+    print("No --src and no data/raw: using the embedded synthetic faces (data/synthetic).")
+    total = sum(len(people) * photos for people, photos in synthetic_faces.DEMO_SETS)
+    progress = Progress(total, "Drawing faces")
+    drawn = synthetic_faces.write_demo(config.SYNTHETIC, progress.update)
+    progress.close()
+    print(f"Drew {drawn} photos." if drawn else "All of them are drawn.")
 
 
 def prepare(src: Path, out: Path, options: PreProcessOptions) -> None:
@@ -79,10 +97,12 @@ def prepare(src: Path, out: Path, options: PreProcessOptions) -> None:
         try:
             root = open_source(src, out, options)
             listing = list_photos(root)
+            gather_parts(out)
             done = read_journal(out, listing.photos)
             todo = [photo for photo in listing.photos if photo.source not in done]
             if done:
                 print(f"{src}: {len(done):,} of {len(listing.photos):,} photos are done already.")
+            give_out(todo, root, out)
             rate = detect_all(todo, root, out, done, options, locked) if todo else None
             rows = finish(done, listing, root, out, options)
         except InputError:
@@ -100,18 +120,62 @@ def detect_all(
     options: PreProcessOptions,
     locked: int | None = None,
 ) -> float:
-    """Find and align all faces of `todo`, adding to `done` and to the journal. -> photos/s."""
-    progress = Progress(len(todo), "Aligning faces")
-    with open(out / JOURNAL, "ab") as journal:
-        for rows in crop_faces.run(todo, root, out, options, pick_device(options.device), locked):
+    """Find and align all faces of `todo`, adding to `done` and to the journal. -> photos/s.
+
+    Where there are several ranks: a share of them, then what the others have done.
+    """
+    share = todo[job.rank() :: job.ranks()]
+    device = pick_device(options.device)
+    if device == torch.device("cuda"):
+        device = torch.device("cuda", job.local_rank())
+    progress = Progress(len(share), "Aligning faces", shown=job.rank() == 0)
+    with open(out / (JOURNAL if job.rank() == 0 else PART.format(job.rank())), "ab") as journal:
+        for rows in crop_faces.run(share, root, out, options, device, locked):
             lines = [row.line() for row in rows]
             journal.write("".join(lines).encode(errors="surrogateescape"))
             journal.flush()
             os.fsync(journal.fileno())
             done.update((row.source, line) for row, line in zip(rows, lines, strict=True))
             progress.update(len(rows))
+    job.wait()
+    done.update(gather_parts(out) if job.rank() == 0 else {})
     progress.close()
-    return progress.rate()
+    return len(todo) / (time.monotonic() - progress.start)
+
+
+# --------------------------------------------------------------------------------------------------
+# several ranks: the first one decides what there is to do, and puts together what they have done
+
+
+def give_out(todo: list[Photo], root: Path, out: Path) -> None:
+    """Tell the other ranks what there is to do."""
+    if job.ranks() > 1:
+        (out / PARTS).mkdir(exist_ok=True)
+        lines = [manifest.csv_line([str(root)]), *map(manifest.csv_line, todo)]
+        write_atomic(out / PARTS / TODO, "".join(lines).encode(errors="surrogateescape"))
+        job.wait()
+
+
+def assist(out: Path, options: PreProcessOptions) -> None:
+    """What a rank but the first does: its share of what the first one gives out."""
+    job.wait()
+    with open(out / PARTS / TODO, **manifest.ENCODING) as file:
+        (root,), *todo = csv.reader(file)
+    if todo:
+        detect_all(list(itertools.starmap(Photo, todo)), Path(root), out, {}, options)
+
+
+def gather_parts(out: Path) -> dict[str, str]:
+    """Put the other ranks' journals behind the first one's -> their rows, source -> CSV line."""
+    parts = sorted(out.glob(PART.format("*")))
+    rows = {row[0]: manifest.csv_line(row) for part in parts for row in journal_rows(part)}
+    if parts:
+        own = map(manifest.csv_line, journal_rows(out / JOURNAL))
+        lines = "".join(itertools.chain(own, rows.values()))
+        write_atomic(out / JOURNAL, lines.encode(errors="surrogateescape"))
+    for part in parts:
+        part.unlink()
+    return rows
 
 
 # --------------------------------------------------------------------------------------------------
@@ -304,7 +368,7 @@ def finish(
     lines = [manifest.csv_line(list(manifest.COLUMNS)), *(row.line() for row in rows)]
     write_atomic(out / manifest.NAME, "".join(lines).encode(errors="surrogateescape"))
     (out / JOURNAL).unlink(missing_ok=True)
-    shutil.rmtree(out / crop_faces.PARTS, ignore_errors=True)
+    shutil.rmtree(out / PARTS, ignore_errors=True)
     return rows
 
 

@@ -1,7 +1,7 @@
 """Photos at other sizes: MTCNN's image pyramid on one canvas, and crops of any size, by area.
 
     for canvas in plan_canvases(height, width, 20, 0.709, "cpu"):
-        pixels = canvas.draw(photo, table)    # float32 (H, W, 4)
+        pixels = canvas.draw(photo, table)    # float32 (H, W, 3)
     crops = crop_boxes(table, start, stride, boxes, 24)
 
 Resampling is adaptive average pooling (F.interpolate's mode="area"), which MTCNN was trained with:
@@ -47,7 +47,7 @@ def sum_table(image: np.ndarray) -> torch.Tensor:
 
 
 def crop_boxes(table: torch.Tensor, first: np.ndarray, stride: np.ndarray, boxes, size: int):
-    """Integer boxes (B, 4) -> float32 (B, size, size, 4) of their mean pixels.
+    """Integer boxes (B, 4) -> float32 (B, size, size, 3) of their mean pixels.
 
     Args:
         table: tables of one or several photos, one after the other.
@@ -64,11 +64,11 @@ def crop_boxes(table: torch.Tensor, first: np.ndarray, stride: np.ndarray, boxes
     mean = sums.float().flatten(2)  # (B, size, 4 size)
     mean *= torch.from_numpy(high.astype(np.float32)[:, :, None]).to(table.device)
     mean *= torch.from_numpy(wide.astype(np.float32).repeat(4, 1)[:, None]).to(table.device)
-    return mean.unflatten(2, (size, 4))
+    return _rgb(mean.unflatten(2, (size, 4)))
 
 
 def shrink(image: np.ndarray, size: tuple[int, int], first: int, last: int) -> torch.Tensor:
-    """Rows first..last of the image at another size: uint8 (H, W, 3) -> float32 (rows, w, 4).
+    """Rows first..last of the image at another size: uint8 (H, W, 3) -> float32 (rows, w, 3).
 
     In bands, so that memory does not grow with the image.
     """
@@ -85,7 +85,7 @@ def shrink(image: np.ndarray, size: tuple[int, int], first: int, last: int) -> t
         y, x = y * (width + 1), torch.from_numpy(np.stack([right, left]))
         sums = _difference(table, y[0] + x[0], y[1] + x[0], y[0] + x[1], y[1] + x[1])
         area = (bottom - top)[band, None] * (right - left)  # (rows, w)
-        rows.append(sums / torch.from_numpy(area)[..., None])
+        rows.append(sums[..., :3] / torch.from_numpy(area)[..., None])
     return torch.cat(rows)
 
 
@@ -104,6 +104,14 @@ def _difference(table: torch.Tensor, *corners: torch.Tensor) -> torch.Tensor:
     # One after the other: the same memory, still in the cache, takes them all.
     total = at(corners[0]).sub_(at(corners[1])).sub_(at(corners[2])).add_(at(corners[3]))
     return total.view(*corners[0].shape, 4)
+
+
+def _rgb(pixels: torch.Tensor) -> torch.Tensor:
+    """float32 (..., H, W, 4) -> (..., H, W, 3)."""
+    if pixels.device.type != "cpu":
+        return pixels[..., :3].contiguous()
+    flat = pixels.numpy().reshape(-1, pixels.shape[-2], 4)
+    return torch.from_numpy(cv2.cvtColor(flat, cv2.COLOR_RGBA2RGB)).view(*pixels.shape[:-1], 3)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -152,12 +160,12 @@ class Canvas:
     share: torch.Tensor  # (P, 4) 1 / pixels that a pixel of the canvas is the mean of
 
     def draw(self, photo: np.ndarray, table: torch.Tensor | None) -> torch.Tensor:
-        """-> float32 (H, W, 4)."""
+        """-> float32 (H, W, 3)."""
         if table is not None:
             mean = _difference(table, *self.corners).float()
             mean *= self.share
-            return mean.view(self.height, self.width, 4)
-        canvas = torch.zeros(self.height, self.width, 4)
+            return _rgb(mean.view(self.height, self.width, 4))
+        canvas = torch.zeros(self.height, self.width, 3)
         for piece in self.pieces:
             pixels = shrink(photo, piece.size, piece.first, piece.last)
             canvas[piece.y : piece.y + len(pixels), piece.x : piece.x + piece.size[1]] = pixels
