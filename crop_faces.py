@@ -38,7 +38,7 @@ import config
 import job
 import pyramid
 from config import PreProcessOptions
-from detect_faces import FaceDetector, Faces, central_face
+from detect_faces import WINDOW, FaceDetector, Faces, central_face
 from images import UnreadableImage, jpeg_bytes, read_image
 from manifest import ALIGNED, REJECTED, Row
 
@@ -108,15 +108,23 @@ class Worker:
         )
 
     def process(self, chunk: list[Photo]) -> list[Row]:
-        """Read, detect, align and write one photo after the other -> their rows."""
-        rows = []
+        """Read, detect, align and write a chunk of photos, a few at a time -> their rows."""
+        rows: list[Row] = []
+        held: list[tuple[Photo, np.ndarray, str]] = []
         for photo in chunk:
-            read = self.read(photo)
-            if isinstance(read, Row):
-                rows.append(read)
-            else:
-                rows.append(self.write(photo, *read, self.detector.detect([read[0]])[0]))
-        return rows
+            one = self.read(photo)
+            if isinstance(one, Row):
+                rows.append(one)
+                continue
+            held.append((photo, *one))
+            if len(held) == WINDOW or pyramid.is_large(one[0]):
+                rows += self._crop(held)
+                held = []
+        return rows + self._crop(held)
+
+    def _crop(self, held: list[tuple[Photo, np.ndarray, str]]) -> list[Row]:
+        found = self.detector.detect([image for _, image, _ in held])
+        return [self.write(*one, faces) for one, faces in zip(held, found, strict=True)]
 
     def read(self, photo: Photo) -> tuple[np.ndarray, str] | Row:
         """-> uint8 (H, W, 3) and what was unusual about it, or the row that says why not."""

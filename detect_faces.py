@@ -29,7 +29,7 @@ _BATCH_PIXELS = 1 << 24  # of the canvases that a GPU takes together
 _CHUNK = {24: 64, 48: 16}  # crops of a side that a network takes at once
 _GPU_FACTOR = 128  # so many times as many on a GPU
 _MATRIX = 512  # boxes up to which all overlaps at once are quicker than a call of nms
-_WINDOW = 8  # photos that a CPU takes through a stage before the next stage
+WINDOW = 8  # photos that a CPU takes through a stage before the next stage
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class FaceDetector:
         small = [index for index in range(len(photos)) if index not in set(large)]
         yield from ([[index]] for index in large)
         if not self.batched:
-            windows = (small[start : start + _WINDOW] for start in range(0, len(small), _WINDOW))
+            windows = (small[start : start + WINDOW] for start in range(0, len(small), WINDOW))
             yield from ([[index] for index in window] for window in windows)
             return
         by_canvas: dict[tuple, list[int]] = {}
