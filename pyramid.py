@@ -156,8 +156,10 @@ class Canvas:
     origin: np.ndarray  # (K, 2) float32 x, y of a piece's level on the canvas
     scale: np.ndarray  # (K,) float32
     level: np.ndarray  # (K,)
-    corners: tuple[torch.Tensor, ...]  # four times (P,), indices into the table; () for a large one
-    share: torch.Tensor  # (P, 4) 1 / pixels that a pixel of the canvas is the mean of
+    # Of a photo that has a table, else empty: four times (P,), indices into the table, and (P, 4),
+    # 1 / pixels that a pixel of the canvas is the mean of.
+    corners: tuple[torch.Tensor, ...]
+    share: torch.Tensor
 
     def draw(self, photo: np.ndarray, table: torch.Tensor | None) -> torch.Tensor:
         """-> float32 (H, W, 3)."""
@@ -241,10 +243,12 @@ def _pack(pieces: list[Piece]) -> tuple[int, int, list[Piece]]:
 def _canvas(
     height: int, width: int, pieces: list[Piece], photo: tuple[int, int] | None, device: str
 ) -> Canvas:
-    owner = np.full(((height - _PAST_END) // STRIDE, (width - _PAST_END) // STRIDE), -1)
+    shape = (height - _PAST_END) // STRIDE, (width - _PAST_END) // STRIDE
+    owner = np.full(shape, -1, dtype=np.int16)
     hole = torch.zeros(height - 2, width - 2, dtype=torch.bool)
-    corners = torch.zeros(4, height, width, dtype=torch.int32)
-    share = torch.zeros(height, width)
+    sides = (0, 0) if photo is None else (height, width)
+    corners = torch.zeros(4, *sides, dtype=torch.int32)
+    share = torch.zeros(sides)
     for number, piece in enumerate(pieces):
         owner[piece.cells] = number
         # The first convolution has 2 rows less. Where that leaves an odd number, the last pool
@@ -275,6 +279,6 @@ def _canvas(
         np.array(origin, dtype=np.float32),
         np.array([piece.scale for piece in pieces], dtype=np.float32),
         np.array([piece.level for piece in pieces]),
-        () if photo is None else tuple(corners.flatten(1).to(device)),
+        tuple(corners.flatten(1).to(device)),
         share.flatten()[:, None].repeat(1, 4).to(device),
     )
