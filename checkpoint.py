@@ -39,10 +39,9 @@ def write_json(path: Path, value: object) -> None:
 
 
 @contextmanager
-def lock(folder: Path) -> Iterator[int]:
+def lock(folder: Path) -> Iterator[None]:
     """One process a folder. The lock is the kernel's: it goes with the process, however that ends.
 
-    A fork inherits it: it must close the descriptor that the context gives.
     Raises InputError: another one has it.
     """
     with open(folder / ".lock", "a+") as file:
@@ -56,7 +55,7 @@ def lock(folder: Path) -> Iterator[int]:
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
-        yield file.fileno()
+        yield
 
 
 def sha256(path: Path) -> str:

@@ -10,21 +10,14 @@ What becomes of a photo depends on nothing but the photo (on a GPU, where it is 
 others, up to rounding), so that any number of processes gives the same files.
 """
 
-import multiprocessing
 import os
-import signal
-import sys
 import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import (
-    FIRST_COMPLETED,
     Future,
-    ProcessPoolExecutor,
     ThreadPoolExecutor,
-    wait,
 )
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -34,9 +27,9 @@ import numpy as np
 import torch
 
 import align_faces
-import config
 import job
 import pyramid
+import worker_pool
 from config import PreProcessOptions
 from detect_faces import WINDOW, FaceDetector, Faces, central_face
 from images import UnreadableImage, jpeg_bytes, read_image
@@ -45,7 +38,6 @@ from manifest import ALIGNED, REJECTED, Row
 PARTS = ".part"  # folder of crops that are being written: what a kill leaves is in there
 NO_FACE = "no face"
 NO_SHAPE = "landmarks are no face"
-_STOP_SECONDS = 0.5  # how soon a worker sees that the run is over
 
 
 class Photo(NamedTuple):
@@ -60,30 +52,18 @@ def run(
     out: Path,
     options: PreProcessOptions,
     device: torch.device,
-    locked: int | None = None,
 ) -> Iterator[list[Row]]:
-    """Find, align and write the face of each photo -> rows as they come.
-
-    `locked` is the descriptor that holds the lock on `out`: forked workers must not keep it.
-    """
-    workers = options.workers
-    if workers < 0:
-        workers = max(1, cores() // job.local_ranks())
+    """Find, align and write the face of each photo -> rows as they come."""
+    workers, arguments = worker_pool.workers(options.workers), (root, out, options, str(device))
     (out / PARTS).mkdir(exist_ok=True)
     if device.type == "cuda":
-        worker = Worker(root, out, options, str(device))
-        yield from feed(worker, chunked(photos, options.batch_size, 1), max(1, workers))
+        chunks = chunked(photos, options.batch_size, 1)
+        yield from feed(Worker(*arguments), chunks, max(1, workers))
     elif workers <= 1 or len(photos) < 2:
-        worker = Worker(root, out, options, str(device))
-        yield from map(worker.process, chunked(photos, options.batch_size, 1))
+        yield from map(Worker(*arguments).process, chunked(photos, options.batch_size, 1))
     else:
         chunks = chunked(photos, options.batch_size, workers)
-        yield from spread(chunks, workers, (root, out, options, str(device)), locked)
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+        yield from worker_pool.spread(process_chunk, chunks, workers, start_worker, arguments)
 
 
 def chunked(photos: list[Photo], most: int, workers: int) -> Iterator[list[Photo]]:
@@ -215,62 +195,12 @@ def feed(worker: Worker, chunks: Iterable[list[Photo]], threads: int) -> Iterato
 # --------------------------------------------------------------------------------------------------
 # a CPU: several processes
 
-
-def spread(
-    chunks: Iterable[list[Photo]], workers: int, arguments: tuple, locked: int | None
-) -> Iterator[list[Row]]:
-    # A fork starts at once, a fresh process imports torch for seconds. Only where no thread but
-    # this one has computed, as is the case here; macOS's own libraries don't take it.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    stop = context.Event()
-    if context.get_start_method() != "fork":
-        locked = None
-    pool = ProcessPoolExecutor(workers, context, start_worker, (stop, locked, arguments))
-    try:
-        yield from in_flight(pool, chunks, 2 * workers)
-    except BrokenProcessPool as error:
-        raise SystemExit(
-            config.complain("a worker process died (out of memory?); run again to go on", 1)
-        ) from error
-    except BaseException:  # Ctrl-C, or a full disk: the work that is under way is not waited for
-        stop.set()
-        raise
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
-def in_flight(
-    pool: ProcessPoolExecutor, chunks: Iterable[list[Photo]], most: int
-) -> Iterator[list[Row]]:
-    """Keep `most` chunks submitted, so that memory does not grow with the number of photos."""
-    waiting: set[Future] = set()
-    for chunk in chunks:
-        waiting.add(pool.submit(process_chunk, chunk))
-        if len(waiting) >= most:
-            ready, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-            yield from (future.result() for future in ready)
-    while waiting:
-        ready, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-        yield from (future.result() for future in ready)
-
-
 _worker: Worker  # of this process, where it is one of several
 
 
-def start_worker(stop, locked: int | None, arguments: tuple) -> None:
+def start_worker(*arguments) -> None:
     global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    if locked is not None:
-        os.close(locked)  # or a killed run would hold the folder until its last worker has seen it
-    threading.Thread(target=end_with_parent, args=(stop, os.getppid()), daemon=True).start()
     _worker = Worker(*arguments)
-
-
-def end_with_parent(stop, parent: int) -> None:
-    """A worker whose parent was killed would wait for work forever."""
-    while not stop.wait(_STOP_SECONDS) and os.getppid() == parent:
-        pass
-    os._exit(1)
 
 
 def process_chunk(chunk: list[Photo]) -> list[Row]:

@@ -1,20 +1,22 @@
-"""The ranks of a `torchrun` job that share a folder: who this one is, and waiting for the others.
+"""The ranks of a `torchrun` job that share a folder: which one this is, and waiting for the others.
 
-    with job.joined():                 # without torchrun: one rank, and nothing happens
-        if job.rank() == 0: ...
-        job.wait()                     # until all ranks have come here
+    if job.rank() == 0: ...
+    job.wait()              # until all ranks have come here; without torchrun there is one
 
-A rank that dies makes torchrun end the others and fail: nobody waits for it in vain.
+What they have to say to each other lies in the folder; waiting goes by the job's key-value store,
+without a time limit, since shares may end hours apart. A rank that dies makes torchrun end the
+others and fail: nobody waits in vain.
 """
 
+import functools
+import itertools
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import timedelta
+import time
 
 import torch.distributed as dist
 
-_PATIENCE = timedelta(days=30)  # ranks end their shares hours apart
+_LOOK_SECONDS = 0.1
+_numbers = itertools.count()
 
 
 def rank() -> int:
@@ -30,21 +32,18 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
-def local_ranks() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
-@contextmanager
-def joined() -> Iterator[None]:
-    if ranks() == 1:
-        yield
-        return
-    dist.init_process_group("gloo", timeout=_PATIENCE)
-    yield  # not left after an error: the others may wait for this rank
-    dist.destroy_process_group()
-
-
 def wait() -> None:
-    """Until all ranks are here."""
-    if ranks() > 1:
-        dist.barrier()
+    """Until all ranks have called it as often as this one."""
+    if ranks() == 1:
+        return
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store outlives a restart
+    key = f"pre_process/{attempt}/{next(_numbers)}"
+    here = _store().add(key, 1)
+    while here < ranks():
+        time.sleep(_LOOK_SECONDS)
+        here = _store().add(key, 0)
+
+
+@functools.cache
+def _store() -> dist.Store:
+    return next(dist.rendezvous("env://", rank(), ranks()))[0]

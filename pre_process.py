@@ -15,10 +15,14 @@ It may be stopped at any moment: run again, it goes on, and the result is the sa
 """
 
 import config
+import worker_pool
 
 if __name__ == "__main__":
-    # Before torch is imported, so that --help and a wrong option answer at once.
+    # Before torch is imported, so that --help and a wrong option answer at once, and the server of
+    # the workers imports it at the same time.
     OPTIONS = config.parse(config.PreProcessOptions, __doc__)
+    if worker_pool.workers(OPTIONS.workers) > 1 and OPTIONS.device in ("auto", "cpu"):
+        worker_pool.warm_up()
 
 import csv
 import io
@@ -58,25 +62,24 @@ CROPPABLE = (NO_FACE, NO_SHAPE)
 
 def main(options: PreProcessOptions) -> None:
     torch.set_num_threads(1)  # the work is spread over processes
-    with job.joined():
-        if options.src is not None or config.RAW.exists():
-            out = options.out or config.DATA / "faces"
-            if job.rank() == 0:
-                prepare(options.src or config.RAW, out, options)
-            else:
-                assist(out, options)
-            return
-        if options.out is not None:
-            raise InputError(f"--out {options.out} needs --src, since there is no data/raw")
+    if options.src is not None or config.RAW.exists():
+        out = options.out or config.DATA / "faces"
         if job.rank() == 0:
-            draw_demo()
-        for name in ("train", "test"):
-            folder = config.SYNTHETIC / name
-            keep = name == "test" or options.keep_undetected
-            if job.rank() == 0:
-                prepare(folder / "raw", folder, replace(options, keep_undetected=keep))
-            else:
-                assist(folder, options)
+            prepare(options.src or config.RAW, out, options)
+        else:
+            assist(out, options)
+        return
+    if options.out is not None:
+        raise InputError(f"--out {options.out} needs --src, since there is no data/raw")
+    if job.rank() == 0:
+        draw_demo()
+    for name in ("train", "test"):
+        folder = config.SYNTHETIC / name
+        keep = name == "test" or options.keep_undetected
+        if job.rank() == 0:
+            prepare(folder / "raw", folder, replace(options, keep_undetected=keep))
+        else:
+            assist(folder, options)
 
 
 def draw_demo() -> None:
@@ -93,7 +96,7 @@ def prepare(src: Path, out: Path, options: PreProcessOptions) -> None:
     check_folders(src, out)
     existed = out.exists()
     out.mkdir(parents=True, exist_ok=True)
-    with lock(out) as locked:
+    with lock(out):
         try:
             root = open_source(src, out, options)
             listing = list_photos(root)
@@ -103,7 +106,7 @@ def prepare(src: Path, out: Path, options: PreProcessOptions) -> None:
             if done:
                 print(f"{src}: {len(done):,} of {len(listing.photos):,} photos are done already.")
             give_out(todo, root, out)
-            rate = detect_all(todo, root, out, done, options, locked) if todo else None
+            rate = detect_all(todo, root, out, done, options) if todo else None
             rows = finish(done, listing, root, out, options)
         except InputError:
             if not existed:  # leave nothing behind for a source that can't be used
@@ -113,12 +116,7 @@ def prepare(src: Path, out: Path, options: PreProcessOptions) -> None:
 
 
 def detect_all(
-    todo: list[Photo],
-    root: Path,
-    out: Path,
-    done: dict[str, str],
-    options: PreProcessOptions,
-    locked: int | None = None,
+    todo: list[Photo], root: Path, out: Path, done: dict[str, str], options: PreProcessOptions
 ) -> float:
     """Find and align all faces of `todo`, adding to `done` and to the journal. -> photos/s.
 
@@ -130,7 +128,7 @@ def detect_all(
         device = torch.device("cuda", job.local_rank())
     progress = Progress(len(share), "Aligning faces", shown=job.rank() == 0)
     with open(out / (JOURNAL if job.rank() == 0 else PART.format(job.rank())), "ab") as journal:
-        for rows in crop_faces.run(share, root, out, options, device, locked):
+        for rows in crop_faces.run(share, root, out, options, device):
             lines = [row.line() for row in rows]
             journal.write("".join(lines).encode(errors="surrogateescape"))
             journal.flush()
