@@ -81,7 +81,8 @@ class PreProcessOptions:
     )
     workers: int = option(
         -1,
-        "processes of one thread each; on a GPU threads that read and write (-1: one a core)",
+        "processes of one thread each, or on a GPU threads that read and write (-1: one a core; "
+        "0: none)",
         low=-1,
     )
     device: str = option("auto", "auto, cpu, cuda or cuda:N")

@@ -91,7 +91,7 @@ class FaceDetector:
     def _windows(self, photos: list[np.ndarray]) -> Iterator[list[list[int]]]:
         """Indices of the photos whose stages go on together, in lists of those in one batch."""
         large = [index for index, photo in enumerate(photos) if pyramid.is_large(photo)]
-        small = [index for index in range(len(photos)) if index not in set(large)]
+        small = [index for index, photo in enumerate(photos) if not pyramid.is_large(photo)]
         yield from ([[index]] for index in large)
         if not self.batched:
             windows = (small[start : start + WINDOW] for start in range(0, len(small), WINDOW))
