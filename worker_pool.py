@@ -20,6 +20,7 @@ from multiprocessing import forkserver
 import config
 
 _PRELOAD = ["torch", "cv2", "facenet_pytorch.models.mtcnn", "PIL.Image"]
+_TUNABLES = "GLIBC_TUNABLES"  # large pages: the networks' layers are megabytes, 4 % quicker so
 _LOOK_SECONDS = 0.5  # how often a worker looks whether the run is over
 
 
@@ -34,7 +35,15 @@ def workers(asked: int) -> int:
 def warm_up() -> None:
     """Start the server, which imports meanwhile. Not needed: the first `spread` does it too."""
     multiprocessing.set_forkserver_preload(_PRELOAD)
-    forkserver.ensure_running()
+    known = os.environ.get(_TUNABLES)
+    os.environ[_TUNABLES] = ":".join(filter(None, [known, "glibc.malloc.hugetlb=1"]))
+    try:
+        forkserver.ensure_running()
+    finally:
+        if known is None:
+            del os.environ[_TUNABLES]
+        else:
+            os.environ[_TUNABLES] = known
 
 
 def spread(
