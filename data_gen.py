@@ -202,7 +202,7 @@ class Photo(NamedTuple):
         """The name without suffix, and without the folder where the name repeats it (as in LFW)."""
         stem = without_suffix(self.source)
         folder, _, name = stem.rpartition("/")
-        return name if name.startswith(folder) else stem
+        return name if name.startswith(f"{folder}_") else stem
 
 
 def find_photos(pairs: protocol.Pairs, data: Path) -> tuple[list[Photo], np.ndarray, np.ndarray]:

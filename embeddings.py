@@ -21,13 +21,14 @@ from config import EvalOptions, InputError
 from verification_set import Photo, VerificationSet
 
 NAME = "embeddings.safetensors"
-VERSION = 2  # of what an embedding is: 2 comes from folded networks
+VERSION = 3  # of what an embedding is: 2 comes from folded networks, 3 from full batches
 SAVE_EVERY = 30  # seconds of embedding that a kill may cost
 
 
 class Embedded(NamedTuple):
     rows: np.ndarray  # float32 (P, E), not normalised
     model_hash: str
+    device: torch.device  # where it ran, or would have
     new: int  # photos embedded in this run
     seconds: float  # that took
 
@@ -46,21 +47,35 @@ def embed_set(
     """
     if model_file.suffix == ".onnx":
         device = torch.device("cpu")  # onnxruntime's CPU provider
-    model_hash = sha256(model_file)
-    cache = Cache(out / NAME, options, model_hash)
+    model_hash = hash_model(model_file)
+    cache = Cache(out / NAME, options, model_hash, device)
     missing = [
-        photo
+        (photo, key)
         for photo, key in zip(tests.photos, tests.hashes, strict=True)
         if key not in cache.rows
     ]
     seconds = 0.0
     if missing:
         network = utils.load_backbone(model, device, options.input_mean, options.input_std)
+        if hash_model(model_file) != model_hash:
+            raise InputError(f"{model_file} changed while it was read: run again")
         make_folder(out)  # only now: another kind of file leaves nothing behind
         seconds = embed_photos(network, missing, cache, options)
     rows = np.stack([cache.rows[key] for key in tests.hashes])  # (P, E)
     check(rows, tests.photos, model_file)
-    return Embedded(rows, model_hash, len(missing), seconds)
+    return Embedded(rows, model_hash, device, len(missing), seconds)
+
+
+def hash_model(file: Path) -> str:
+    """sha256 of a model's file; of an .onnx together with the files beside it that it names."""
+    if file.suffix != ".onnx":
+        return sha256(file)
+    graph = file.read_bytes()
+    parts = [hashlib.sha256(graph).hexdigest()]
+    for other in sorted(file.parent.iterdir()):  # weights above 2 GB lie in files of their own
+        if other != file and other.is_file() and other.name.encode() in graph:
+            parts.append(sha256(other))
+    return parts[0] if len(parts) == 1 else hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
 def make_folder(out: Path) -> None:
@@ -79,11 +94,12 @@ class Cache:
     it is empty. A damaged file is the same as none: the rows have their own hash.
     """
 
-    def __init__(self, path: Path, options: EvalOptions, model_hash: str):
+    def __init__(self, path: Path, options: EvalOptions, model_hash: str, device: torch.device):
         self.path = path
-        self.key = json.dumps(
-            [VERSION, model_hash, options.flip, options.input_mean, options.input_std]
-        )
+        # Cards, versions and batch sizes round differently.
+        where = [device.type, torch.__version__, options.batch_size]
+        how = [options.flip, options.input_mean, options.input_std]
+        self.key = json.dumps([VERSION, model_hash, *how, *where])
         self.rows: dict[str, np.ndarray] = {}
         try:
             with safetensors.safe_open(path, framework="numpy") as file:
@@ -93,7 +109,12 @@ class Cache:
                 return
         except (OSError, safetensors.SafetensorError):  # not there, damaged, of an older version
             return
-        self.rows = {key.tobytes().hex(): row for key, row in zip(hashes, rows, strict=True)}
+        usable = np.isfinite(rows).all(axis=1) & rows.any(axis=1)  # a bad day is not kept for ever
+        self.rows = {
+            key.tobytes().hex(): row
+            for key, row, good in zip(hashes, rows, usable, strict=True)
+            if good
+        }
 
     def save(self) -> None:
         if not self.rows:
@@ -111,21 +132,25 @@ class Cache:
 
 
 def embed_photos(
-    network: torch.nn.Module, photos: list[Photo], cache: Cache, options: EvalOptions
+    network: torch.nn.Module, photos: list[tuple[Photo, str]], cache: Cache, options: EvalOptions
 ) -> float:
-    """Embed each photo into the cache; seconds spent. What was done when stopped is kept."""
+    """Embed each photo into the cache; seconds spent. What was done when stopped is kept.
+
+    The last batch is filled up: results then do not depend on how many photos were left to do.
+    """
     progress = utils.Progress(len(photos), "embedding")
     start = saved = time.perf_counter()
     try:
         for first in range(0, len(photos), options.batch_size):
             batch = photos[first : first + options.batch_size]
-            contents = [photo.read() for photo in batch]
-            crops = np.stack(
-                [photo.decode(content) for photo, content in zip(batch, contents, strict=True)]
-            )  # (B, 112, 112, 3)
-            rows = utils.embed(network, crops, options.flip)  # (B, E)
-            keys = [hashlib.sha256(content).hexdigest() for content in contents]
-            cache.rows.update(zip(keys, rows, strict=True))
+            crops = np.zeros((options.batch_size, 112, 112, 3), dtype=np.uint8)
+            for place, (photo, key) in enumerate(batch):
+                content = photo.read()
+                if hashlib.sha256(content).hexdigest() != key:
+                    raise InputError(f"{photo.name} changed while the set was read: run again")
+                crops[place] = photo.decode(content)
+            rows = utils.embed(network, crops, options.flip)[: len(batch)]  # (B, E)
+            cache.rows.update(zip((key for _, key in batch), rows, strict=True))
             progress.update(len(batch))
             if time.perf_counter() - saved > SAVE_EVERY:
                 cache.save()

@@ -32,7 +32,6 @@ class Picture:
 class Shown:
     """One photo: its crop, the original (None where it is gone) and what is to be said."""
 
-    name: str
     label: str
     undetected: bool
     crop: Picture
@@ -66,7 +65,6 @@ class Gallery:
     def __init__(self, tests: VerificationSet, scores: Scores):
         self.tests, self.scores = tests, scores
         self.distance = np.abs(scores.angles - scores.thresholds)  # (N,) degrees
-        self.missing = 0  # originals that could not be read
         small = int((~scores.right).sum()) > MANY
         # side of the original and of the crop in pixels, and JPEG quality
         self.sizes = (96, 96, 70) if small else (160, 112, 80)
@@ -109,7 +107,6 @@ class Gallery:
             photo = self.tests.photos[index]
             crop = _picture(photo.decode(photo.read()), self.sizes[1], self.sizes[2])
             self._shown[index] = Shown(
-                printable(photo.name),
                 printable(photo.label),
                 photo.undetected,
                 crop,
@@ -123,7 +120,6 @@ class Gallery:
         try:
             pixels = read_image(photo.original)
         except UnreadableImage:
-            self.missing += 1
             return None
         return _picture(pixels, self.sizes[0], self.sizes[2], photo.box)
 

@@ -45,7 +45,7 @@ import utils
 import verification_set
 from checkpoint import BEST, write_json
 from config import InputError
-from verification_set import PACKED, VerificationSet
+from verification_set import PACKED, VerificationSet, printable
 
 
 class Model(NamedTuple):
@@ -60,8 +60,8 @@ def main(options: config.EvalOptions) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     device = utils.pick_device(options.device)
-    if device.type == "cpu":
-        utils.keep_freed_memory()
+    utils.keep_freed_memory()
+    torch.backends.cudnn.allow_tf32 = False  # full float32: a card's figures are a CPU's
 
     tests = verification_set.load(options.data, options.pairs)
     models = name_models(options, tests)
@@ -97,9 +97,9 @@ def evaluate(
     run = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": utils.commit(),
-        "command": sys.argv,
+        "command": [printable(word) for word in sys.argv],
         "options": {key: shown(value) for key, value in dataclasses.asdict(options).items()},
-        "hardware": utils.hardware(device),
+        "hardware": utils.hardware(embedded.device),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "photos_embedded": embedded.new,
@@ -107,7 +107,6 @@ def evaluate(
     }
 
     embeddings.make_folder(model.out)
-    (model.out / "eval.json").unlink(missing_ok=True)
     title = scores.title(judged.result)
     theta = plots.theta_figure(judged.angles, tests.same, judged.thresholds)
     roc = plots.roc_figure([judged], tests.same)
@@ -128,7 +127,7 @@ def evaluate(
 def with_defaults(options: config.EvalOptions) -> config.EvalOptions:
     """Fill in what was not named: LFW where the user has own photos, else the synthetic faces."""
     data, model = options.data, options.model
-    packed = options.pairs is not None and options.pairs.suffix == PACKED
+    packed = options.pairs is not None and options.pairs.suffix.lower() == PACKED
     if packed and data is not None:
         raise InputError(f"{options.pairs} holds its crops itself: leave --data out")
     if data is None and not packed:
@@ -144,6 +143,9 @@ def with_defaults(options: config.EvalOptions) -> config.EvalOptions:
     if model is None:
         model = (config.RUNS / ("faces" if config.RAW.is_dir() else "demo"),)
         print(f"no --model named: using {model[0]}")
+    normal = (options.input_mean, options.input_std) == (127.5, 127.5)
+    if not normal and not any(path.suffix == ".onnx" for path in model):
+        raise InputError("--input-mean and --input-std are for an .onnx: our models say their own")
     if packed:
         return dataclasses.replace(options, model=model)
     if not data.is_dir():
@@ -160,10 +162,11 @@ def name_models(options: config.EvalOptions, tests: VerificationSet) -> list[Mod
         if file in resolved[:place]:
             raise InputError(f"{files[place]} is named twice: name each model once")
     names = [model_name(*both) for both in zip(options.model, files, strict=True)]
-    names = [
-        name if name not in names[:place] else f"{name}-{names[:place].count(name) + 1}"
-        for place, name in enumerate(names)
-    ]
+    for place, name in enumerate(names):
+        number = 2
+        while names[place] in names[:place]:
+            names[place] = f"{name}-{number}"
+            number += 1
     models = [
         Model(name, given, file, report_folder(options, name, file, list_name(tests)))
         for name, given, file in zip(names, options.model, files, strict=True)
@@ -180,7 +183,7 @@ def name_models(options: config.EvalOptions, tests: VerificationSet) -> list[Mod
 
 
 def model_name(model: Path, file: Path) -> str:
-    return file.resolve().parent.name if file.name == BEST else model.name
+    return printable(file.resolve().parent.name if file.name == BEST else model.name)
 
 
 def list_name(tests: VerificationSet) -> str:
@@ -199,7 +202,7 @@ def report_folder(options: config.EvalOptions, name: str, file: Path, tests: str
 
 
 def shown(value: object) -> object:
-    return [str(part) for part in value] if isinstance(value, tuple) else str(value)
+    return [shown(part) for part in value] if isinstance(value, tuple) else printable(str(value))
 
 
 if __name__ == "__main__":

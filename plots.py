@@ -1,8 +1,8 @@
 """The pictures of a report: the two kinds of angles, and ROC curves.
 
-    figure = theta_figure(angles, same, folds, title)
-    save_png(figure, "theta_dist.png")
-    svg(figure)                       # for report.html: in the page's own font and colours
+    figure = theta_figure(angles, same, thresholds)
+    save_png(figure, path, title)
+    svg(figure, label)                # for report.html: in the page's own font and colours
 
 One drawing serves both: its colours are those of PAPER, which `svg` replaces by the CSS variables
 of the page, so that the picture follows light and dark.
@@ -77,7 +77,8 @@ def roc_figure(models: Iterable[Scores], same: np.ndarray) -> Figure:
         colour = PAPER[CURVES[number % len(CURVES)]]
         label = f"AUC {percent(result['auc'], 3)}, EER {percent(result['eer'])}"
         if len(models) > 1:
-            label = f"{scores.name}: {label}"
+            name = f" {scores.name}" if scores.name.startswith("_") else scores.name  # else hidden
+            label = f"{name}: {label}"
         axes.plot(np.maximum(far, left), tar, color=colour, label=label, linewidth=1.6,
                   linestyle=DASHES[number // len(CURVES) % len(DASHES)])  # fmt: skip
         if len(models) == 1:
@@ -125,7 +126,9 @@ def _blank() -> tuple[Figure, Axes]:
 
 
 def _legend(axes: Axes, place: str) -> None:
-    axes.legend(loc=place, frameon=False, fontsize=8, labelcolor=PAPER["ink"])
+    legend = axes.legend(loc=place, frameon=False, fontsize=8, labelcolor=PAPER["ink"])
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a $ in a model's name is a $
 
 
 # --- out ------------------------------------------------------------------------------------------
@@ -134,6 +137,7 @@ def _legend(axes: Axes, place: str) -> None:
 def save_png(figure: Figure, path: Path, title: str) -> None:
     buffer = io.BytesIO()
     heading = figure.suptitle(title, fontsize=10, color=PAPER["ink"])
+    heading.set_parse_math(False)
     figure.savefig(buffer, format="png", dpi=200, facecolor="white", metadata={"Software": None})
     heading.remove()
     figure._suptitle = None  # else the layout keeps room for it
@@ -154,4 +158,5 @@ def svg(figure: Figure, label: str) -> str:
         text = text.replace(colour, f"var(--{name})")
     view = re.search(r'viewBox="[^"]*"', text)[0]
     label = label.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
-    return re.sub(r"<svg[^>]*>", f'<svg {view} role="img" aria-label="{label}">', text, count=1)
+    opening = f'<svg {view} role="img" aria-label="{label}">'
+    return re.sub(r"<svg[^>]*>", lambda _: opening, text, count=1)  # backslashes stay

@@ -98,7 +98,8 @@ def _read_rows(path: Path) -> list[tuple[int, list[str]]]:
     rows = []
     for number, line in enumerate(text.replace("\r\n", "\n").replace("\r", "\n").split("\n"), 1):
         line = line.rstrip()
-        if line and not line.lstrip().startswith("#"):
+        # A comment has no tab: a path may begin with # too, and no pair is left out silently.
+        if line and not (line.lstrip().startswith("#") and "\t" not in line):
             # A line with tabs may hold blanks inside a path; one without is split at blanks.
             cells = line.split("\t") if "\t" in line else line.split()
             rows.append((number, [cell.strip() for cell in cells]))
@@ -106,7 +107,7 @@ def _read_rows(path: Path) -> list[tuple[int, list[str]]]:
 
 
 def _is_count(cell: str) -> bool:
-    return cell.isascii() and cell.isdigit() and int(cell) > 0
+    return cell.isascii() and cell.isdigit() and len(cell) < 10 and int(cell) > 0
 
 
 def _read_official(path: Path, rows: list[tuple[int, list[str]]]) -> Pairs:
@@ -155,6 +156,7 @@ def _read_official(path: Path, rows: list[tuple[int, list[str]]]) -> Pairs:
 def _read_listed(path: Path, rows: list[tuple[int, list[str]]]) -> Pairs:
     columns = len(rows[0][1])
     left, right, same, fold, lines = [], [], [], [], []
+    seen: dict[frozenset[str], tuple[int, bool]] = {}
     for number, cells in rows:
         where = f"{path}:{number}"
         if len(cells) not in (3, 4):
@@ -173,11 +175,15 @@ def _read_listed(path: Path, rows: list[tuple[int, list[str]]]) -> Pairs:
                 f"{where}: unknown label '{cells[2]}'; 1 (same person) or 0 was expected, "
                 "and LFW's format needs a first line such as '10<TAB>300'"
             )
-        if columns == 4 and not (cells[3].isascii() and cells[3].isdigit()):
+        if columns == 4 and not (cells[3].isascii() and cells[3].isdigit() and len(cells[3]) < 10):
             raise InputError(f"{where}: '{cells[3]}' is not the number of a fold")
         left.append(_clean(cells[0]))
         right.append(_clean(cells[1]))
         _check_photos(where, left[-1], right[-1])
+        pair = frozenset((left[-1], right[-1]))
+        before, answer = seen.setdefault(pair, (number, label))
+        if answer != label:
+            raise InputError(f"{where}: the pair of line {before} with the other label")
         same.append(label)
         fold.append(int(cells[3]) if columns == 4 else 0)
         lines.append(number)
@@ -189,6 +195,13 @@ def _read_listed(path: Path, rows: list[tuple[int, list[str]]]) -> Pairs:
     names, fold = np.unique(fold, return_inverse=True)  # (K,), (N,)
     if len(names) > 1:
         folds_from = f"{len(names)} folds as listed"
+        for number, name in enumerate(names):
+            others = same[fold != number]
+            if others.all() or not others.any():
+                raise InputError(
+                    f"{path}: beside fold {name} there are pairs of one kind only, so no threshold "
+                    "can be chosen: give every fold pairs of both kinds"
+                )
     else:
         fold, folds_from = _cut_folds(path, same)
     return Pairs(path, left, right, same, fold, np.array(lines), folds_from)
@@ -359,8 +372,10 @@ def d_prime(angles: np.ndarray, same: np.ndarray) -> float | None:
     """Distance of the two mean angles in units of their pooled spread; None without a spread."""
     angles, same = _checked(angles, same)
     genuine, impostor = angles[same], angles[~same]
+    if not np.ptp(genuine) and not np.ptp(impostor):  # rounding leaves a variance even then
+        return None
     spread = np.sqrt((genuine.var() + impostor.var()) / 2)
-    return float((impostor.mean() - genuine.mean()) / spread) if spread > 0 else None
+    return float((impostor.mean() - genuine.mean()) / spread)
 
 
 def _checked(

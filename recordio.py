@@ -337,6 +337,7 @@ _ALLOWED = frozenset(
     + ["MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT", "GET", "BINGET", "LONG_BINGET"]
 )
 _GLOBALS = ("GLOBAL", "STACK_GLOBAL", "INST")  # find_class is called, and raises
+_CONTAINERS = 16  # a set has three: the images, the answers, and both together
 _MOST = 4 << 30  # bytes of a .bin; the largest published one has 0.1 GB
 
 
@@ -373,9 +374,13 @@ def read_bin(path: Path) -> tuple[list[bytes], np.ndarray]:
 
 def _check_operations(data: bytes) -> None:
     """Refuse, before anything is built, what can run code or take memory beyond the file's size."""
+    containers = 0
     for count, (operation, argument, _) in enumerate(pickletools.genops(data)):
         if operation.name in _GLOBALS:
             return
+        containers += "LIST" in operation.name or "TUPLE" in operation.name
+        if containers > _CONTAINERS:  # a byte in the file, eighty in memory
+            raise pickle.UnpicklingError(f"it has more than {_CONTAINERS} lists and tuples")
         if operation.name not in _ALLOWED:
             raise pickle.UnpicklingError(f"it uses the operation {operation.name}")
         if operation.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > count:

@@ -58,8 +58,8 @@ def score(
 def describe(tests: VerificationSet) -> dict:
     """What was compared, so that another run can be held against this one."""
     return {
-        "set": tests.name,
-        "pairs": tests.pairs_file.name,
+        "set": printable(tests.name),
+        "pairs": printable(tests.pairs_file.name),
         "pairs_sha256": sha256(tests.pairs_file),
         "crops_sha256": hashlib.sha256("".join(tests.hashes).encode()).hexdigest(),
         "photos": len(tests.photos),
@@ -165,7 +165,7 @@ def summary(scores: Scores) -> dict[str, str]:
     return {
         "model": f"{scores.name}, sha256 {result['model']['sha256'][:12]}, "
         + ("crop + mirror image" if result["flip"] else "one crop"),
-        "pairs": f"{pairs['scored']} of {pairs['scored']} pairs scored "
+        "pairs": f"{pairs['scored']} of {pairs['listed']} pairs scored "
         f"({pairs['genuine']} genuine, {pairs['impostor']} impostor; {pairs['folds']})"
         + (f"; {twins} hold the same picture twice" if twins else ""),
         "photos": f"{result['data']['photos']} of {result['data']['set']}, " + faces,
@@ -189,5 +189,5 @@ def summary(scores: Scores) -> dict[str, str]:
         f"{errors['false_negatives']} false negatives"
         + (f", {errors['of_mislabelled']} of them among the {marked} pairs that LFW's authors "
            "list as mislabelled" if marked else ""),
-        "report": str(scores.out / "report.html"),
+        "report": printable(str(scores.out / "report.html")),
     }  # fmt: skip

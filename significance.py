@@ -27,8 +27,12 @@ def bootstrap(
 
     Pairs are drawn with replacement among those of their fold and kind, so that each resample has
     the protocol's make-up; thresholds are chosen anew in each. Pairs that share a photo count as
-    independent: with many such, the truth is a little wider.
+    independent: with many such, the truth is a little wider. Nothing where a fold has a single pair
+    of a kind.
     """
+    strata = np.unique(np.stack([fold, same]), axis=1, return_counts=True)[1]
+    if strata.min() < 2:
+        return {}  # a pair that is alone of its fold and kind is in each resample: no spread to see
     order = np.argsort(angles, kind="stable")
     angles, same = np.asarray(angles)[order], np.asarray(same, dtype=bool)[order]
     fold = np.unique(fold, return_inverse=True)[1][order]  # (N,) 0 .. K-1

@@ -83,6 +83,8 @@ def load_backbone(
         return OnnxBackbone(file, mean, std)
     state, metadata = load_weights(file)
     try:
+        if not (float(metadata["width"]) <= 16 and int(metadata["embedding_size"]) <= 1 << 16):
+            raise ValueError("no network is that large")
         model = models.create(
             metadata["network"],
             embedding_size=int(metadata["embedding_size"]),
@@ -104,6 +106,7 @@ class OnnxBackbone(torch.nn.Module):
 
     def __init__(self, file: Path, mean: float = 127.5, std: float = 127.5):
         super().__init__()
+        self.file = file
         try:
             import onnxruntime
         except ImportError as error:
@@ -139,7 +142,17 @@ class OnnxBackbone(torch.nn.Module):
     def _run(self, part: np.ndarray, size: int) -> np.ndarray:
         missing = size - len(part)  # of the last part, where the graph's batch is fixed above 1
         padded = np.pad(part, ((0, missing), (0, 0), (0, 0), (0, 0))) if missing else part
-        return self.session.run(None, {self.input.name: padded})[0][: len(part)]  # (size, E)
+        try:
+            found = self.session.run(None, {self.input.name: padded})[0]  # (size, E)
+        except Exception as error:  # onnxruntime raises a dozen kinds, none of them public
+            line = str(error).splitlines()[0][:120]
+            raise InputError(f"{self.file} fails on a batch of {size} ({line})") from error
+        if found.ndim != 2 or len(found) != size:
+            raise InputError(
+                f"{self.file} gives {found.shape} for {size} crops, not ({size}, E): "
+                "name a network whose first output is the embedding"
+            )
+        return found[: len(part)]
 
 
 def _parts(array: np.ndarray, size: int) -> list[np.ndarray]:

@@ -95,7 +95,7 @@ def printable(name: str) -> str:
 def load(data: Path | None, pairs_file: Path) -> VerificationSet:
     """Raises InputError for a pair that can't be scored: never fewer than the protocol has."""
     pairs_file = Path(pairs_file)
-    if pairs_file.suffix == PACKED:
+    if pairs_file.suffix.lower() == PACKED:
         return _load_packed(pairs_file)
     assert data is not None  # the script's defaults name one
     return _load_prepared(data, pairs_file)
@@ -136,7 +136,7 @@ def originals(data: Path) -> tuple[Path | None, str]:
     except (OSError, ValueError, KeyError, TypeError):
         return None, f"{settings.name} does not say where the photos are"
     root = data / "source" if packed else config.ROOT / source  # an absolute path stays as it is
-    if not root.is_dir():
+    if "\0" in str(root) or not root.is_dir():
         return None, f"the photos are gone from {config.canonical(root)}"
     return (archives.strip_wrapper(root) if packed else root), ""
 

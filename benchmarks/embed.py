@@ -34,9 +34,7 @@ class Options:
     network: str = option("r50", "backbone", choices=config.NETWORKS)
     crops: int = option(1000, "how many are embedded each way, over all rounds", low=20)
     threads: int = option(2, "CPU threads", low=1)
-    batch_size: int = option(
-        config.EvalOptions().batch_size, "of ours, and how many crops a turn takes", low=1
-    )
+    batch_size: int = option(60, "of ours, and how many crops a turn takes", low=1)
     official_batch: int = option(10, "of the official evaluation", low=1)
     rounds: int = option(5, "of both ways in turn", low=1)
     way: str = option("", "the one to run, for which this script calls itself")

@@ -393,3 +393,40 @@ def test_six_thousand_pairs_take_less_than_a_second():
     for far in (1e-1, 1e-2, 1e-3, 1e-4):
         protocol.tar_at_far(angles, same, far)
     assert time.perf_counter() - start < 1
+
+
+@pytest.mark.parametrize("angle", [33.3333, 60.123456789, 70.0, 70.1])
+def test_row_39_d_prime_of_equal_angles_is_none_whatever_they_are(angle):
+    angles, same = np.full(40, angle), np.arange(40) % 2 == 0
+    assert protocol.d_prime(angles, same) is None
+    apart = np.where(same, angle, angle + 1.7)
+    assert protocol.d_prime(apart, same) is None
+
+
+def test_row_38_a_path_may_begin_with_the_sign_of_a_comment(tmp_path):
+    lines = [
+        "# a comment",
+        "#1/a.jpg\tb.jpg\t1",
+        "c.jpg\td.jpg\t0",
+        "",
+        "e.jpg\tf.jpg\t0",
+        "g.jpg\th.jpg\t1",
+    ]
+    (tmp_path / "p.tsv").write_text("\n".join(lines))
+    pairs = protocol.read_pairs(tmp_path / "p.tsv")
+    assert len(pairs) == 4 and pairs.left[0] == "#1/a.jpg"
+
+
+def test_row_38_a_pair_with_both_answers_is_refused(tmp_path):
+    (tmp_path / "p.tsv").write_text("a\tb\t1\nc\td\t0\nb\ta\t0\n")
+    with pytest.raises(InputError, match=r"p\.tsv:3: the pair of line 1 with the other label"):
+        protocol.read_pairs(tmp_path / "p.tsv")
+    (tmp_path / "p.tsv").write_text(f"{'9' * 5000}\nx 1 2\n")
+    with pytest.raises(InputError):
+        protocol.read_pairs(tmp_path / "p.tsv")
+
+
+def test_row_39_folds_of_one_kind_each_are_refused(tmp_path):
+    (tmp_path / "p.tsv").write_text("a\tb\t1\t0\nc\td\t1\t0\ne\tf\t0\t1\ng\th\t0\t1\n")
+    with pytest.raises(InputError, match="beside fold 0 there are pairs of one kind only"):
+        protocol.read_pairs(tmp_path / "p.tsv")

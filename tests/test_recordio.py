@@ -386,3 +386,9 @@ def test_bin_cut_anywhere(fixture, tmp_path):
     data = (fixture / "pairs_py2.bin").read_bytes()
     for keep in (1, 100, 30000, len(data) - 1):
         bin_refused(tmp_path, data[:keep])
+
+
+def test_row16_a_bin_of_countless_lists_is_refused_before_they_are_made(tmp_path):
+    (tmp_path / "a.bin").write_bytes(b"\x80\x03" + b"]" * 100_000 + b".")
+    with pytest.raises(InputError, match="more than 16 lists and tuples"):
+        recordio.read_bin(tmp_path / "a.bin")

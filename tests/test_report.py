@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import config
@@ -200,7 +201,7 @@ def made(tmp_path: Path, photos: list[Photo], wrong: int, n: int = 40) -> tuple:
     angles = np.where(same, 50.0, 90.0) + np.arange(n) / 1e5
     genuine = np.flatnonzero(same)
     angles[genuine[np.linspace(0, len(genuine) - 1, wrong).astype(int)]] += 70
-    embedded = embeddings.Embedded(np.eye(2), "ab" * 32, 0, 0.0)
+    embedded = embeddings.Embedded(np.eye(2), "ab" * 32, torch.device("cpu"), 0, 0.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("protocol.theta", lambda *_: angles)
         judged = scores.score("net", tmp_path, tests, embedded, True, 5)

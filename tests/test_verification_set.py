@@ -143,7 +143,6 @@ def test_a_bin_of_one_kind_is_refused(packed, same):
 
 @pytest.mark.parametrize("name", ["pairs_py3.bin", "pairs_py2.bin"])
 def test_both_pickles_of_insightface(shared, name):
-    pytest.importorskip("recordio")
     tests = verification_set.load(None, shared / "fixtures" / "recordio" / name)
     assert len(tests) == 6 and len(tests.photos) == 12
     assert tests.same.tolist() == [True, True, True, True, False, True]
@@ -153,7 +152,6 @@ def test_both_pickles_of_insightface(shared, name):
 
 
 def test_a_pickle_with_anything_else_is_refused(tmp_path):
-    pytest.importorskip("recordio")
     (tmp_path / "evil.bin").write_bytes(b"cos\nsystem\n(S'echo'\ntR.")
     with pytest.raises(InputError, match=r"evil\.bin"):
         verification_set.load(None, tmp_path / "evil.bin")
