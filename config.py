@@ -105,9 +105,17 @@ class PreProcessOptions:
         low=1,
         high=178_000_000,  # Pillow's own limit
     )
-    batch_size: int = option(32, "photos of one size detected together", low=1, group="speed")
+    batch_size: int = option(
+        32,
+        "photos that a worker takes at a time; on a GPU they are detected together (try 256)",
+        low=1,
+        group="speed",
+    )
     workers: int = option(
-        -1, "processes, of one thread each (-1: one a core; 0: in this process)", low=-1
+        -1,
+        "processes of one thread each, or on a GPU threads that read and write (-1: one a core; "
+        "0: none)",
+        low=-1,
     )
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
 

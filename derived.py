@@ -7,6 +7,7 @@ from pathlib import Path
 
 import archives
 import config
+import job
 import manifest
 import overlap
 import packing
@@ -54,6 +55,7 @@ def derive_only(options: PreProcessOptions) -> bool:
     root = config.ROOT / source  # of a folder; an archive was unpacked
     if (out / "source").is_dir():
         root = archives.strip_wrapper(out / "source")
-    with lock(out):
-        derive(manifest.read_manifest(out), root if root.is_dir() else None, out, options)
+    if job.rank() == 0:
+        with lock(out):
+            derive(manifest.read_manifest(out), root if root.is_dir() else None, out, options)
     return True

@@ -5,23 +5,31 @@
 
 The three networks and their weights are facenet-pytorch's (Zhang et al. 2016, "Joint Face
 Detection and Alignment using Multi-task Cascaded Convolutional Networks"), and so are the rules by
-which boxes are proposed, dropped and refined. The driver around them is ours: photos of one size go
-through together, and every resampling, of a pyramid level or of all crops at once, is a few reads
-from one summed-area table (Crow 1984) instead of one call a crop.
+which boxes are proposed, dropped and refined. The driver around them is ours: all levels of a
+photo's pyramid lie side by side on a canvas that PNet sees at once (pyramid.py). A CPU takes photo
+after photo: what it works on stays in its cache, and what it finds can't depend on the photos
+beside. A GPU takes photos of any sizes together.
 
-Legend of shapes: N photos of one size, H height, W width, B boxes.
+Legend of shapes: N photos taken together, H height, W width, B boxes.
 """
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from facenet_pytorch.models.mtcnn import ONet, PNet, RNet
-from torchvision.ops import batched_nms
+from torchvision.ops import nms
 
-_CELL, _STRIDE = 12, 2  # PNet sees 12 x 12 pixels, every second one
-_STACK_PIXELS = 1 << 22  # photos detected together: bounds the memory of PNet's first layer
-_CHUNK = 512  # crops a call of RNet or ONet
+import mtcnn
+import pyramid
+from pyramid import Canvas
+
+_BATCH_PIXELS = 1 << 24  # of the canvases that a GPU takes together
+_CHUNK = {24: 64, 48: 16}  # crops of a side that a network takes at once
+_GPU_FACTOR = 128  # so many times as many on a GPU
+_MATRIX = 512  # boxes up to which all overlaps at once are quicker than a call of nms
+WINDOW = 8  # photos that a CPU takes through a stage before the next stage
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,7 @@ def central_face(faces: Faces, width: int, height: int) -> int:
 
 
 class FaceDetector:
-    """MTCNN's cascade at facenet-pytorch's defaults. Photos of one size are detected together."""
+    """MTCNN's cascade at facenet-pytorch's defaults."""
 
     def __init__(
         self,
@@ -63,190 +71,219 @@ class FaceDetector:
     ):
         self.min_face_size, self.thresholds, self.factor = min_face_size, thresholds, factor
         self.device = torch.device(device)
-        self.pnet, self.rnet, self.onet = (
-            net().eval().requires_grad_(False).to(self.device, memory_format=torch.channels_last)
-            for net in (PNet, RNet, ONet)
-        )
+        self.batched = self.device.type != "cpu"
+        self.pnet, self.rnet, self.onet = mtcnn.load(self.device)
+        # glibc gives freed memory back to the kernel at once, and gets it again page by page, which
+        # took a third of the time, until it has seen a large block go: then it keeps twice as much.
+        torch.empty(31 << 20, dtype=torch.uint8)
 
+    @torch.inference_mode()
     def detect(self, photos: list[np.ndarray]) -> list[Faces]:
         """uint8 (H, W, 3) RGB photos of any sizes -> the faces of each, in the same order."""
         found: list[Faces | None] = [None] * len(photos)
-        by_size: dict[tuple[int, ...], list[int]] = {}
-        for index, photo in enumerate(photos):
-            by_size.setdefault(photo.shape, []).append(index)
-        for (height, width, _), indices in by_size.items():
-            step = max(1, _STACK_PIXELS // (height * width))
-            for start in range(0, len(indices), step):
-                part = indices[start : start + step]
-                stack = torch.from_numpy(np.stack([photos[index] for index in part]))
-                for index, faces in zip(part, self._detect_stack(stack), strict=True):
-                    found[index] = faces
+        for parts in self._windows(photos):
+            batches = [_Photos([photos[index] for index in part], self.device) for part in parts]
+            faces = self._detect(batches)
+            for index, mine in zip(itertools.chain(*parts), faces, strict=True):
+                found[index] = mine
         return found
 
-    @torch.inference_mode()
-    def _detect_stack(self, stack: torch.Tensor) -> list[Faces]:
-        """uint8 (N, H, W, 3) -> N Faces."""
-        count, height, width, _ = stack.shape
-        sums = _summed_area(stack.to(self.device))  # (N, H+1, W+1, 3)
-        boxes, owner = self._propose(sums, height, width)  # (B, 4), (B,) which photo
-        boxes, owner, _, _ = self._refine(self.rnet, sums, boxes, owner, 24, self.thresholds[1])
-        boxes, owner, scores, points = self._refine(
-            self.onet, sums, boxes, owner, 48, self.thresholds[2]
+    def _windows(self, photos: list[np.ndarray]) -> Iterator[list[list[int]]]:
+        """Indices of the photos whose stages go on together, in lists of those in one batch."""
+        large = [index for index, photo in enumerate(photos) if pyramid.is_large(photo)]
+        small = [index for index, photo in enumerate(photos) if not pyramid.is_large(photo)]
+        yield from ([[index]] for index in large)
+        if not self.batched:
+            windows = (small[start : start + WINDOW] for start in range(0, len(small), WINDOW))
+            yield from ([[index] for index in window] for window in windows)
+            return
+        by_canvas: dict[tuple, list[int]] = {}
+        for index in small:
+            sizes = tuple((canvas.height, canvas.width) for canvas in self._canvases(photos[index]))
+            by_canvas.setdefault(sizes, []).append(index)
+        for sizes, same in by_canvas.items():
+            largest = max((height * width for height, width in sizes), default=1)
+            step = max(1, _BATCH_PIXELS // largest)
+            yield from ([same[start : start + step]] for start in range(0, len(same), step))
+
+    def _canvases(self, photo: np.ndarray) -> Iterator[Canvas]:
+        height, width = photo.shape[:2]
+        return iter(
+            pyramid.plan_canvases(height, width, self.min_face_size, self.factor, str(self.device))
         )
-        return _split(boxes, owner, scores, points, count)
 
-    def _propose(self, sums: torch.Tensor, height: int, width: int):
-        """First stage: PNet over the image pyramid -> square boxes (B, 4) and their photos (B,)."""
-        boxes, owner = [], []
-        for scale in self._scales(height, width):
-            size = int(height * scale + 1), int(width * scale + 1)
-            level = _resample_all(sums, *size)  # (N, 3, h, w)
-            shift, probability = self.pnet(level)  # (N, 4, h', w'), (N, 2, h', w')
-            level_boxes, level_owner = _cells(shift, probability[:, 1], scale, self.thresholds[0])
-            keep = batched_nms(level_boxes[:, :4], level_boxes[:, 4], level_owner, 0.5)
-            boxes.append(level_boxes[keep])
-            owner.append(level_owner[keep])
-        if not boxes:  # the photo is smaller than the smallest face
-            empty = torch.zeros((0, 4), device=self.device)
-            return empty, torch.zeros(0, dtype=torch.long, device=self.device)
-        boxes, owner = torch.cat(boxes), torch.cat(owner)  # (B, 9): corners, score, shifts
-        keep = batched_nms(boxes[:, :4], boxes[:, 4], owner, 0.7)
-        boxes, owner = boxes[keep], owner[keep]
-        sides = (boxes[:, 2:4] - boxes[:, :2]).repeat(1, 2)  # (B, 4)
-        return _square(boxes[:, :4] + boxes[:, 5:] * sides), owner
+    def _detect(self, batches: list["_Photos"]) -> list[Faces]:
+        """The cascade, each stage for all batches before the next: its code stays in the cache.
 
-    def _scales(self, height: int, width: int) -> list[float]:
-        scale = _CELL / self.min_face_size
-        scales = []
-        while min(height, width) * scale >= _CELL:
-            scales.append(scale)
-            scale *= self.factor
-        return scales
+        In between, what a photo has (B, ...) is an item of a list of NumPy arrays.
+        """
+        cells = [mine for batch in batches for mine in self._propose(batch)]
+        boxes = [_merge(mine) for mine in cells]
+        boxes, seen = self._look(self.rnet, batches, boxes, 24, self.thresholds[1])
+        boxes = [_refine(*mine) for mine in zip(boxes, seen, strict=True)]
+        boxes, seen = self._look(self.onet, batches, boxes, 48, self.thresholds[2])
+        return [_faces(*mine) for mine in zip(boxes, seen, strict=True)]
 
-    def _refine(self, net, sums, boxes, owner, size: int, threshold: float):
-        """A later stage: look at each box again -> the boxes, photos, scores, points that pass."""
-        crops = _clip(boxes, sums.shape[1] - 1, sums.shape[2] - 1)  # (B, 4) integers
-        inside = (crops[:, 2] > crops[:, 0]) & (crops[:, 3] > crops[:, 1])
-        boxes, owner, crops = boxes[inside], owner[inside], crops[inside]
-        if not len(boxes):  # the networks can't take an empty batch
-            return boxes, owner, boxes.new_zeros(0), boxes.new_zeros((0, 5, 2))
-        outputs = [
-            net(_resample_boxes(sums, part, photo, size))
-            for part, photo in zip(crops.split(_CHUNK), owner.split(_CHUNK), strict=True)
+    def _propose(self, batch: "_Photos") -> list[list[tuple]]:
+        """First stage: PNet over the pyramids -> what passes, of each photo and canvas."""
+        found: list[list[tuple]] = [[] for _ in batch.photos]
+        for canvases in zip(*map(self._canvases, batch.photos), strict=True):
+            outputs = (canvases[0].height - 2) * (canvases[0].width - 2)  # of the first convolution
+            holes = [canvas.holes + number * outputs for number, canvas in enumerate(canvases)]
+            score, features = mtcnn.propose(self.pnet, batch.draw(canvases), torch.cat(holes))
+            where = (score >= self.thresholds[0]).nonzero()  # (B, 3) photo, y, x
+            shift = mtcnn.shifts(self.pnet, features[where.unbind(1)]).cpu().numpy()  # (B, 4)
+            score, where = score[where.unbind(1)].cpu().numpy(), where.cpu().numpy()
+            for number, canvas in enumerate(canvases):
+                mine = where[:, 0] == number
+                found[number].append((canvas, where[mine, 1:], score[mine], shift[mine]))
+        return found
+
+    def _look(self, net, batches, boxes: list[np.ndarray], size: int, threshold: float):
+        """A later stage's view of the boxes -> those of each photo that pass, and what it said.
+
+        Lists of (B, 4) and of (B, C), the columns of `mtcnn.refine`.
+        """
+        sides = [(photo.shape[1], photo.shape[0]) for batch in batches for photo in batch.photos]
+        boxes, cuts = zip(*map(_clip, boxes, sides), strict=True)
+        cuts, seen = iter(cuts), []
+        for batch in batches:
+            mine = list(itertools.islice(cuts, len(batch.photos)))
+            said = [mtcnn.refine(net, crops) for crops in batch.crops(mine, size)]
+            said = torch.cat(said).cpu().numpy() if said else np.zeros((0, 15), np.float32)
+            seen += np.split(said, np.cumsum([len(part) for part in mine])[:-1])
+        passed = [said[:, 0] > threshold for said in seen]
+        return (
+            [part[keep] for part, keep in zip(boxes, passed, strict=True)],
+            [said[keep] for said, keep in zip(seen, passed, strict=True)],
+        )
+
+
+class _Photos:
+    """Photos that are in one batch, and their tables of sums. A large photo is alone."""
+
+    def __init__(self, photos: list[np.ndarray], device: torch.device):
+        self.photos, self.device = photos, device
+        self.large = pyramid.is_large(photos[0])
+        self.tables: list[torch.Tensor | None] = [None]
+        if not self.large:
+            self.tables = [pyramid.sum_table(photo).to(device) for photo in photos]
+            self.table = torch.cat(self.tables) if len(photos) > 1 else self.tables[0]
+            self.first = np.cumsum([0] + [len(table) for table in self.tables[:-1]])  # (N,)
+            self.stride = np.array([photo.shape[1] + 1 for photo in photos])  # (N,)
+
+    def draw(self, canvases: tuple[Canvas, ...]) -> torch.Tensor:
+        """A canvas of each photo -> float32 (N, H, W, 3)."""
+        drawn = [
+            canvas.draw(photo, table)
+            for canvas, photo, table in zip(canvases, self.photos, self.tables, strict=True)
         ]
-        shift, *points, probability = (torch.cat(part) for part in zip(*outputs, strict=True))
-        score = probability[:, 1]  # (B,)
-        passed = score > threshold
-        boxes, owner, score, shift = boxes[passed], owner[passed], score[passed], shift[passed]
-        sides = boxes[:, 2:] - boxes[:, :2] + 1  # (B, 2)
-        moved = boxes + shift * sides.repeat(1, 2)
-        if not points:  # RNet
-            keep = batched_nms(boxes, score, owner, 0.7)
-            return _square(moved[keep]), owner[keep], score[keep], None
-        # ONet gives five x, then five y, as shares of the box
-        landmarks = points[0][passed].unflatten(1, (2, 5)).transpose(1, 2)  # (B, 5, 2)
-        landmarks = landmarks * sides[:, None] + boxes[:, None, :2] - 1
-        return moved, owner, score, landmarks
+        return torch.stack(drawn) if len(drawn) > 1 else drawn[0][None]
+
+    def crops(self, cuts: list[np.ndarray], size: int) -> Iterator[torch.Tensor]:
+        """Integer boxes (B, 4) of each photo -> float32 (some, size, size, 3), in order."""
+        owner = np.repeat(np.arange(len(cuts)), [len(mine) for mine in cuts])
+        every = np.concatenate(cuts)
+        chunk = _CHUNK[size] * (1 if self.device.type == "cpu" else _GPU_FACTOR)
+        for start in range(0, len(every), chunk):
+            part, photo = every[start : start + chunk], owner[start : start + chunk]
+            if not self.large:
+                first, stride = self.first[photo], self.stride[photo]
+                yield pyramid.crop_boxes(self.table, first, stride, part, size)
+                continue
+            cut = (self.photos[0][y1:y2, x1:x2] for x1, y1, x2, y2 in part)
+            crops = [pyramid.shrink(crop, (size, size), 0, size) for crop in cut]
+            yield torch.stack(crops).to(self.device)
 
 
-def _summed_area(stack: torch.Tensor) -> torch.Tensor:
-    """uint8 (N, H, W, 3) -> int32 (N, H+1, W+1, 3): sums of all pixels above and to the left.
+# --------------------------------------------------------------------------------------------------
+# boxes of one photo
 
-    In a large photo they wrap around, which the differences taken of them undo: exact as long as
-    one cell that is averaged has fewer than 8 million pixels.
-    """
-    sums = stack.new_zeros(
-        (stack.shape[0], stack.shape[1] + 1, stack.shape[2] + 1, 3), dtype=torch.int32
+
+def _cells(canvas: Canvas, where: np.ndarray, score: np.ndarray, shift: np.ndarray) -> tuple:
+    """PNet's cells (B, 2) y, x that passed -> levels (B,), boxes (B, 4), scores and shifts."""
+    piece = canvas.piece[where[:, 0], where[:, 1]]
+    inside = piece >= 0
+    where, score, shift, piece = where[inside], score[inside], shift[inside], piece[inside]
+    corner = mtcnn.STRIDE * where[:, ::-1].astype(np.float32) - canvas.origin[piece]  # (B, 2) x, y
+    scale = canvas.scale[piece, None]
+    boxes = np.concatenate([(corner + 1) / scale, (corner + mtcnn.CELL) / scale], 1)
+    return canvas.level[piece], np.floor(boxes), score, shift
+
+
+def _merge(parts: list[tuple]) -> np.ndarray:
+    """What passed PNet on the photo's canvases -> square boxes (B, 4), without duplicates."""
+    if not parts:  # the photo is smaller than the smallest face
+        return np.zeros((0, 4), np.float32)
+    level, boxes, score, shift = map(
+        np.concatenate, zip(*itertools.starmap(_cells, parts), strict=True)
     )
-    sums[:, 1:, 1:] = stack.cumsum(1, dtype=torch.int32).cumsum(2, dtype=torch.int32)
-    return sums
+    # Levels are suppressed one by one: far apart from each other, in numbers that stay exact.
+    apart = level[:, None].astype(np.float32) * (boxes.max(initial=0) + 1)
+    keep = _suppress(boxes + apart, score, 0.5)
+    keep = keep[np.argsort(level[keep], kind="stable")]  # among equal scores the first wins
+    keep = keep[_suppress(boxes[keep], score[keep], 0.7)]
+    boxes, sides = boxes[keep], boxes[keep, 2:] - boxes[keep, :2]
+    return _square(boxes + shift[keep] * np.tile(sides, 2))
 
 
-def _edges(length: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cells of area resampling: (B,) lengths -> first and past-the-end pixel (B, size) of each."""
-    cell = torch.arange(size, device=length.device)
-    low = cell * length[:, None] // size
-    high = -((-(cell + 1) * length[:, None]) // size)  # rounded up
-    return low, high
+def _refine(boxes: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    """What RNet said (B, 5) of the boxes (B, 4) -> square boxes, without duplicates."""
+    keep = _suppress(boxes, seen[:, 0], 0.7)
+    return _square(_move(boxes[keep], seen[keep, 1:5]))
 
 
-def _resample_all(sums: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """The whole photos by area -> float32 (N, 3, height, width), channels last, normalised."""
-    full = torch.tensor([sums.shape[1] - 1, sums.shape[2] - 1], device=sums.device)
-    top, bottom = (edge[0] for edge in _edges(full[:1], height))
-    left, right = (edge[0] for edge in _edges(full[1:], width))
-    rows = sums[:, bottom] - sums[:, top]  # (N, height, W+1, 3)
-    total = rows[:, :, right] - rows[:, :, left]  # (N, height, width, 3)
-    area = (bottom - top)[:, None] * (right - left)  # (height, width)
-    return _normalise(total, area[None, :, :, None])
+def _suppress(boxes: np.ndarray, scores: np.ndarray, threshold: float) -> np.ndarray:
+    """Greedy suppression by intersection over union -> indices, the best score first."""
+    if len(boxes) > _MATRIX:
+        return nms(torch.from_numpy(boxes), torch.from_numpy(scores), threshold).numpy()
+    x1, y1, x2, y2 = boxes.T
+    area = (x2 - x1) * (y2 - y1)  # (B,)
+    width = np.minimum.outer(x2, x2) - np.maximum.outer(x1, x1)  # (B, B)
+    height = np.minimum.outer(y2, y2) - np.maximum.outer(y1, y1)
+    shared = np.maximum(width, 0) * np.maximum(height, 0)
+    same = shared / (np.add.outer(area, area) - shared) > threshold
+    rows = np.packbits(same, axis=1, bitorder="little")
+    keep, dropped = [], 0  # a bit a box
+    for index in np.argsort(-scores, kind="stable").tolist():
+        if not dropped >> index & 1:
+            keep.append(index)
+            dropped |= int.from_bytes(rows[index].tobytes(), "little")
+    return np.array(keep, dtype=np.int64)
 
 
-def _resample_boxes(
-    sums: torch.Tensor, boxes: torch.Tensor, owner: torch.Tensor, size: int
-) -> torch.Tensor:
-    """Integer boxes (B, 4) of photos (B,) by area -> float32 (B, 3, size, size), normalised."""
-    left, right = _edges(boxes[:, 2] - boxes[:, 0], size)  # (B, size)
-    top, bottom = _edges(boxes[:, 3] - boxes[:, 1], size)
-    area = (bottom - top)[:, :, None] * (right - left)[:, None]  # (B, size, size)
-    left, right = left + boxes[:, :1], right + boxes[:, :1]
-    top, bottom = top + boxes[:, 1:2], bottom + boxes[:, 1:2]
-    photo, row = owner[:, None, None], sums.shape[2]
-    flat = sums.flatten(0, 2)  # (N (H+1) (W+1), 3)
-
-    def at(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        return flat[
-            (photo * sums.shape[1] + y[:, :, None]) * row + x[:, None]
-        ]  # (B, size, size, 3)
-
-    total = at(bottom, right) - at(top, right) - at(bottom, left) + at(top, left)
-    return _normalise(total, area[..., None])
+def _move(boxes: np.ndarray, shift: np.ndarray) -> np.ndarray:
+    """(B, 4) moved by shares (B, 4) of their sides, counted as the later stages do."""
+    return boxes + shift * np.tile(boxes[:, 2:] - boxes[:, :2] + 1, 2)
 
 
-def _normalise(total: torch.Tensor, area: torch.Tensor) -> torch.Tensor:
-    """Sums (N, h, w, 3) over areas -> (N, 3, h, w) as the networks take them: (x - 127.5) / 128."""
-    return ((total / area - 127.5) * 0.0078125).permute(0, 3, 1, 2)
-
-
-def _cells(shift, probability, scale: float, threshold: float):
-    """Cells of PNet that pass -> (B, 9) corners, score, shifts, and the photo (B,) of each."""
-    where = (probability >= threshold).nonzero()  # (B, 3) photo, y, x
-    photo, y, x = where.unbind(1)
-    corner = torch.stack([x, y], 1).float() * _STRIDE  # (B, 2)
-    first = ((corner + 1) / scale).floor()
-    last = ((corner + _CELL) / scale).floor()
-    score = probability[photo, y, x]
-    return torch.cat([first, last, score[:, None], shift[photo, :, y, x]], 1), photo
-
-
-def _square(boxes: torch.Tensor) -> torch.Tensor:
+def _square(boxes: np.ndarray) -> np.ndarray:
     """(B, 4) -> squares of the longer side around the same centres."""
     sides = boxes[:, 2:] - boxes[:, :2]  # (B, 2)
-    longer = sides.max(1, keepdim=True).values
-    corner = boxes[:, :2] + sides * 0.5 - longer * 0.5
-    return torch.cat([corner, corner + longer], 1)
+    longer = sides.max(1, keepdims=True)
+    corner = boxes[:, :2] + sides * np.float32(0.5) - longer * np.float32(0.5)
+    return np.concatenate([corner, corner + longer], 1)
 
 
-def _clip(boxes: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """(B, 4), counted from 1 -> integer (B, 4) within the photo: first and past-the-end pixel."""
-    boxes = boxes.trunc().long()
-    first = boxes[:, :2].clamp(min=1) - 1
-    limit = torch.tensor([width, height], device=boxes.device)
-    return torch.cat([first, torch.minimum(boxes[:, 2:], limit)], 1)
+def _clip(boxes: np.ndarray, sides: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes (B, 4), counted from 1, that see a pixel -> they, and (B, 4) first and past-the-end."""
+    whole = np.trunc(boxes).astype(np.int64)
+    cuts = np.concatenate([np.maximum(whole[:, :2], 1) - 1, np.minimum(whole[:, 2:], sides)], 1)
+    seen = (cuts[:, 2:] > cuts[:, :2]).all(1)
+    return boxes[seen], cuts[seen]
 
 
-def _split(boxes, owner, scores, points, count: int) -> list[Faces]:
-    """The cascade's survivors -> one Faces a photo, after the last suppression."""
-    boxes, owner, scores = boxes.cpu().numpy(), owner.cpu().numpy(), scores.cpu().numpy()
-    points = points.cpu().numpy().astype(np.float64).reshape(-1, 5, 2)
-    result = []
-    for photo in range(count):
-        mine = np.flatnonzero(owner == photo)
-        mine = mine[_suppress(boxes[mine], scores[mine], 0.7)]
-        result.append(Faces(boxes[mine], scores[mine], points[mine]))
-    return result
+def _faces(boxes: np.ndarray, seen: np.ndarray) -> Faces:
+    """What ONet said (B, 15) of a photo's boxes (B, 4) -> its faces, after the last suppression."""
+    sides = boxes[:, 2:] - boxes[:, :2] + 1  # (B, 2)
+    points = seen[:, 5:].reshape(-1, 2, 5).transpose(0, 2, 1)  # (B, 5, 2)
+    points = points * sides[:, None] + boxes[:, None, :2] - 1
+    boxes, scores = _move(boxes, seen[:, 1:5]), seen[:, 0]
+    keep = _suppress_contained(boxes, scores, 0.7)
+    return Faces(boxes[keep], scores[keep], points[keep].astype(np.float64))
 
 
-def _suppress(boxes: np.ndarray, scores: np.ndarray, threshold: float) -> list[int]:
+def _suppress_contained(boxes: np.ndarray, scores: np.ndarray, threshold: float) -> list[int]:
     """Greedy suppression by intersection over the smaller area -> indices, the best score first."""
     corners = boxes.astype(np.float64)
     area = (corners[:, 2] - corners[:, 0] + 1) * (corners[:, 3] - corners[:, 1] + 1)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import config
+import job
 from checkpoint import sha256
 from config import InputError, PreProcessOptions
 
@@ -87,14 +88,18 @@ def fetch(file: File, folder: Path) -> Path:
 
 
 def fetch_lfw(options: PreProcessOptions) -> PreProcessOptions:
-    """LFW's photos and lists of pairs -> the options that prepare them as a test set."""
+    """LFW's photos and lists of pairs -> the options that prepare them as a test set.
+
+    Of several ranks only the first one fetches: the others wait for what it gives out.
+    """
     if options.src is not None:
         raise InputError("--download and --src both name a source: leave one out")
     out = options.out or config.DATA / "lfw"
-    archive = fetch(LFW, config.DATA / "downloads")
-    for file in LFW_PAIRS:
-        fetch(file, out)
-    return replace(options, src=archive, out=out, keep_undetected=True)
+    downloads = config.DATA / "downloads"
+    if job.rank() == 0:
+        for file, folder in ((LFW, downloads), *((file, out) for file in LFW_PAIRS)):
+            fetch(file, folder)
+    return replace(options, src=downloads / LFW.name, out=out, keep_undetected=True)
 
 
 def _receive(file: File, part: Path) -> None:

@@ -148,7 +148,7 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
         image = image.convert("RGBA")
         ground = Image.new("RGBA", image.size, (*_BACKGROUND, 255))
         image = Image.alpha_composite(ground, image)
-    return np.array(image.convert("RGB"))  # (H, W, 3)
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))  # (H, W, 3)
 
 
 def _reason(error: OSError) -> str:

@@ -5,6 +5,7 @@
     python pre_process.py --src lfw.tgz --out data/lfw --keep-undetected    # a test set
     python pre_process.py --download lfw                         # the same, fetched: data/lfw
     python pre_process.py --out data/faces --pack --report       # of a set that is prepared
+    torchrun --nproc-per-node 8 pre_process.py --src photos/ --out data/faces   # on eight GPUs
 
 MTCNN finds the faces, the central one is taken, and five landmarks turn it upright by a similarity
 transform. Written into --out:
@@ -19,58 +20,51 @@ It may be stopped at any moment: run again, it goes on, and the result is the sa
 """
 
 import config
+import worker_pool
 
 if __name__ == "__main__":
-    # Before torch is imported, so that --help and a wrong option answer at once.
+    # Before torch is imported, so that --help and a wrong option answer at once, and the server of
+    # the workers imports it at the same time.
     OPTIONS = config.parse(config.PreProcessOptions, __doc__)
+    if worker_pool.workers(OPTIONS.workers) > 1 and OPTIONS.device in ("auto", "cpu"):
+        worker_pool.warm_up()
 
 import csv
 import io
 import itertools
-import multiprocessing
 import os
 import shutil
-import signal
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
 import align_faces
 import archives
+import crop_faces
 import derived
 import download
+import job
 import manifest
 import overlap
 import synthetic_faces
 from checkpoint import lock, write_atomic, write_json
 from config import InputError, PreProcessOptions
-from detect_faces import FaceDetector, Faces, central_face
-from images import SUFFIXES, UnreadableImage, read_image, write_jpeg
+from crop_faces import NO_FACE, NO_SHAPE, PARTS, Photo, write_crop
+from images import SUFFIXES, UnreadableImage, read_image
 from manifest import ALIGNED, EXCLUDED, REJECTED, UNDETECTED, Row
 from orphans import retire_crops
 from utils import Progress, pick_device
 
 JOURNAL = "manifest.part.csv"  # rows as they are done; gone once manifest.csv holds them
-NO_FACE = "no face"
-NO_SHAPE = "landmarks are no face"
+PART = "manifest.part.{}.csv"  # the same of another rank than the first
+TODO = "todo.csv"  # what the ranks share, in PARTS
 # What --keep-undetected can still crop: the photo is readable, only its landmarks are missing.
 CROPPABLE = (NO_FACE, NO_SHAPE)
-BUFFER_PIXELS = 1 << 24  # decoded photos that a worker holds
-
-
-class Photo(NamedTuple):
-    source: str  # path below the root, with /
-    identity: str
-    image: str  # path of the crop below --out
 
 
 def main(options: PreProcessOptions) -> None:
@@ -80,21 +74,33 @@ def main(options: PreProcessOptions) -> None:
         options = download.fetch_lfw(options)
     if derived.derive_only(options):
         return
-    if options.src is None and not config.RAW.exists():
-        if options.out is not None:
-            raise InputError(f"--out {options.out} needs --src, since there is no data/raw")
-        print("No --src and no data/raw: using the embedded synthetic faces (data/synthetic).")
-        total = sum(len(people) * photos for people, photos in synthetic_faces.DEMO_SETS)
-        progress = Progress(total, "Drawing faces")
-        drawn = synthetic_faces.write_demo(config.SYNTHETIC, progress.update)
-        progress.close()
-        print(f"Drew {drawn} photos." if drawn else "All of them are drawn.")
-        for name in ("train", "test"):
-            folder = config.SYNTHETIC / name
-            keep = name == "test" or options.keep_undetected
-            prepare(folder / "raw", folder, replace(options, keep_undetected=keep))
+    if options.src is not None or config.RAW.exists():
+        out = options.out or config.DATA / "faces"
+        if job.rank() == 0:
+            prepare(options.src or config.RAW, out, options)
+        else:
+            assist(out, options)
         return
-    prepare(options.src or config.RAW, options.out or config.DATA / "faces", options)
+    if options.out is not None:
+        raise InputError(f"--out {options.out} needs --src, since there is no data/raw")
+    if job.rank() == 0:
+        draw_demo()
+    for name in ("train", "test"):
+        folder = config.SYNTHETIC / name
+        keep = name == "test" or options.keep_undetected
+        if job.rank() == 0:
+            prepare(folder / "raw", folder, replace(options, keep_undetected=keep))
+        else:
+            assist(folder, options)
+
+
+def draw_demo() -> None:
+    print("No --src and no data/raw: using the embedded synthetic faces (data/synthetic).")
+    total = sum(len(people) * photos for people, photos in synthetic_faces.DEMO_SETS)
+    progress = Progress(total, "Drawing faces")
+    drawn = synthetic_faces.write_demo(config.SYNTHETIC, progress.update)
+    progress.close()
+    print(f"Drew {drawn} photos." if drawn else "All of them are drawn.")
 
 
 def prepare(src: Path, out: Path, options: PreProcessOptions) -> None:
@@ -108,12 +114,14 @@ def prepare(src: Path, out: Path, options: PreProcessOptions) -> None:
             listing = list_photos(root)
             excluded = overlap.excluded_rows(listing.photos, options.exclude_names)
             kept = {photo.image for photo in listing.photos if photo.source not in excluded}
+            gather_parts(out)  # the crops of a stopped run's other ranks are known by it too
             retire_crops(out, known_rows(out), kept, options.keep_undetected)
             done = read_journal(out, listing.photos)
             if done:
                 print(f"{src}: {len(done):,} of {len(listing.photos):,} photos are done already.")
             done.update((row.source, row.line()) for row in excluded.values())
             todo = [photo for photo in listing.photos if photo.source not in done]
+            give_out(todo, root, out)
             rate = detect_all(todo, root, out, done, options) if todo else None
             rows = finish(done, listing, root, out, options)
         except InputError:
@@ -122,6 +130,68 @@ def prepare(src: Path, out: Path, options: PreProcessOptions) -> None:
             raise
         summarize(rows, listing, out, rate)
         derived.derive(rows, root, out, options)
+
+
+def detect_all(
+    todo: list[Photo], root: Path, out: Path, done: dict[str, str], options: PreProcessOptions
+) -> float:
+    """Find and align all faces of `todo`, adding to `done` and to the journal. -> photos/s.
+
+    Where there are several ranks: a share of them, then what the others have done.
+    """
+    share = todo[job.rank() :: job.ranks()]
+    device = pick_device(options.device)
+    if device == torch.device("cuda"):
+        device = torch.device("cuda", job.local_rank())
+    progress = Progress(len(share), "Aligning faces", shown=job.rank() == 0)
+    path = out / (JOURNAL if job.rank() == 0 else PART.format(job.rank()))
+    with config.naming(path), open(path, "ab") as journal:
+        for rows in crop_faces.run(share, root, out, options, device):
+            lines = [row.line() for row in rows]
+            journal.write("".join(lines).encode(errors="surrogateescape"))
+            journal.flush()
+            os.fsync(journal.fileno())
+            done.update((row.source, line) for row, line in zip(rows, lines, strict=True))
+            progress.update(len(rows))
+    job.wait()
+    done.update(gather_parts(out) if job.rank() == 0 else {})
+    progress.close()
+    return len(todo) / (time.monotonic() - progress.start)
+
+
+# --------------------------------------------------------------------------------------------------
+# several ranks: the first one decides what there is to do, and puts together what they have done
+
+
+def give_out(todo: list[Photo], root: Path, out: Path) -> None:
+    """Tell the other ranks what there is to do."""
+    if job.ranks() > 1:
+        (out / PARTS).mkdir(exist_ok=True)
+        lines = [manifest.csv_line([str(root)]), *map(manifest.csv_line, todo)]
+        write_atomic(out / PARTS / TODO, "".join(lines).encode(errors="surrogateescape"))
+        job.wait()
+
+
+def assist(out: Path, options: PreProcessOptions) -> None:
+    """What a rank but the first does: its share of what the first one gives out."""
+    job.wait()
+    with open(out / PARTS / TODO, **manifest.ENCODING) as file:
+        (root,), *todo = csv.reader(file)
+    if todo:
+        detect_all(list(itertools.starmap(Photo, todo)), Path(root), out, {}, options)
+
+
+def gather_parts(out: Path) -> dict[str, str]:
+    """Put the other ranks' journals behind the first one's -> their rows, source -> CSV line."""
+    parts = sorted(out.glob(PART.format("*")))
+    rows = {row[0]: manifest.csv_line(row) for part in parts for row in journal_rows(part)}
+    if parts:
+        own = map(manifest.csv_line, journal_rows(out / JOURNAL))
+        lines = "".join(itertools.chain(own, rows.values()))
+        write_atomic(out / JOURNAL, lines.encode(errors="surrogateescape"))
+    for part in parts:
+        part.unlink()
+    return rows
 
 
 # --------------------------------------------------------------------------------------------------
@@ -303,148 +373,6 @@ def is_whole(path: Path) -> bool:
 
 
 # --------------------------------------------------------------------------------------------------
-# detection and alignment
-
-
-def detect_all(
-    todo: list[Photo], root: Path, out: Path, done: dict[str, str], options: PreProcessOptions
-) -> float:
-    """Find and align all faces of `todo`, adding to `done` and to the journal. -> photos/s."""
-    progress = Progress(len(todo), "Aligning faces")
-    size = options.batch_size
-    chunks = [todo[start : start + size] for start in range(0, len(todo), size)]
-    with config.naming(out / JOURNAL), open(out / JOURNAL, "ab") as journal:
-        for rows in run_chunks(chunks, root, out, options):
-            lines = [row.line() for row in rows]
-            journal.write("".join(lines).encode(errors="surrogateescape"))
-            journal.flush()
-            os.fsync(journal.fileno())
-            done.update((row.source, line) for row, line in zip(rows, lines, strict=True))
-            progress.update(len(rows))
-    progress.close()
-    return progress.rate()
-
-
-def run_chunks(
-    chunks: list[list[Photo]], root: Path, out: Path, options: PreProcessOptions
-) -> Iterator[list[Row]]:
-    """The rows of each chunk as they come, from several processes or from this one."""
-    device = pick_device(options.device)
-    workers = options.workers
-    if workers < 0:
-        workers = 0 if device.type == "cuda" else os.cpu_count() or 1
-    workers = min(workers, len(chunks))
-    arguments = (root, out, options, str(device))
-    if workers <= 1:
-        worker = Worker(*arguments)
-        yield from map(worker.process, chunks)
-        return
-    pool = ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), start_worker, arguments
-    )
-    try:
-        yield from in_flight(pool, chunks, 2 * workers)
-    except BrokenProcessPool as error:
-        raise SystemExit(
-            config.complain("a worker process died (out of memory?); run again to go on", 1)
-        ) from error
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
-def in_flight(
-    pool: ProcessPoolExecutor, chunks: list[list[Photo]], most: int
-) -> Iterator[list[Row]]:
-    """Keep `most` chunks submitted, so that memory does not grow with the number of photos."""
-    waiting: set[Future] = set()
-    for chunk in chunks:
-        waiting.add(pool.submit(process_chunk, chunk))
-        if len(waiting) >= most:
-            ready, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-            yield from (future.result() for future in ready)
-    while waiting:
-        ready, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-        yield from (future.result() for future in ready)
-
-
-class Worker:
-    """Detector and folders of one process."""
-
-    def __init__(self, root: Path, out: Path, options: PreProcessOptions, device: str):
-        torch.set_num_threads(1)
-        self.root, self.out, self.options = root, out, options
-        self.detector = FaceDetector(
-            options.min_face_size, options.thresholds, options.factor, device
-        )
-
-    def process(self, chunk: list[Photo]) -> list[Row]:
-        """Read, detect, align and write a chunk of photos -> their rows."""
-        rows: list[Row] = []
-        held: list[tuple[Photo, np.ndarray, str]] = []
-        for photo in chunk:
-            try:
-                notes: Counter = Counter()
-                image = read_image(self.root / photo.source, self.options.max_pixels, notes)
-                held.append((photo, image, ", ".join(notes)))
-            except UnreadableImage as error:
-                rows.append(Row(photo.source, photo.identity, "", REJECTED, str(error)))
-            if sum(image.shape[0] * image.shape[1] for _, image, _ in held) > BUFFER_PIXELS:
-                rows += self._align(held)
-                held = []
-        return rows + self._align(held)
-
-    def _align(self, held: list[tuple[Photo, np.ndarray, str]]) -> list[Row]:
-        found = self.detector.detect([image for _, image, _ in held])
-        return [self._row(*one, faces) for one, faces in zip(held, found, strict=True)]
-
-    def _row(self, photo: Photo, image: np.ndarray, note: str, faces: Faces) -> Row:
-        height, width = image.shape[:2]
-        row = Row(photo.source, photo.identity, "", REJECTED, NO_FACE, width, height, len(faces))
-        if not len(faces):
-            return row
-        index = central_face(faces, width, height)
-        # As the manifest will hold them, so that the crop can be made again from it.
-        landmarks = faces.landmarks[index].round(4)
-        row = replace(
-            row,
-            score=float(faces.scores[index]),
-            box=faces.boxes[index],
-            landmarks=landmarks,
-        )
-        matrix = align_faces.similarity_transform(landmarks)
-        if matrix is None or align_faces.fit_residual(landmarks, matrix) > align_faces.MAX_RESIDUAL:
-            return replace(row, reason=NO_SHAPE)
-        write_crop(self.out / photo.image, align_faces.warp(image, matrix))
-        return replace(row, image=photo.image, status=ALIGNED, reason=note)
-
-
-def write_crop(path: Path, crop: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_jpeg(path, crop)
-
-
-_worker: Worker  # of this process, where it is one of several
-
-
-def start_worker(*arguments) -> None:
-    global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
-    _worker = Worker(*arguments)
-
-
-def end_with_parent(parent: int) -> None:
-    """A worker whose parent was killed would wait for work forever."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
-
-
-def process_chunk(chunk: list[Photo]) -> list[Row]:
-    return _worker.process(chunk)
-
-
-# --------------------------------------------------------------------------------------------------
 # the end: what was not detected, the manifest, the summary
 
 
@@ -467,6 +395,7 @@ def finish(
     lines = [manifest.csv_line(list(manifest.COLUMNS)), *(row.line() for row in rows)]
     write_atomic(out / manifest.NAME, "".join(lines).encode(errors="surrogateescape"))
     (out / JOURNAL).unlink(missing_ok=True)
+    shutil.rmtree(out / PARTS, ignore_errors=True)
     return rows
 
 
@@ -489,7 +418,7 @@ def crop_undetected(
     except UnreadableImage as error:  # changed since it was looked at
         return replace(row, reason=str(error))
     matrix = align_faces.similarity_transform(landmarks)
-    write_crop(out / photo.image, align_faces.warp(image, matrix))
+    write_crop(out, photo.image, align_faces.warp(image, matrix))
     return replace(row, image=photo.image, status=UNDETECTED, landmarks=landmarks)
 
 

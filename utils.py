@@ -233,11 +233,11 @@ def has_compiler() -> bool:
 class Progress:
     """A tqdm bar on a terminal, else one plain line every ten seconds."""
 
-    def __init__(self, total: int, what: str, done: int = 0):
+    def __init__(self, total: int, what: str, done: int = 0, shown: bool = True):
         self.total, self.what, self.done, self.started_at = total, what, done, done
         self.start = self.last = time.monotonic()
-        self.bar = None
-        if sys.stderr.isatty():
+        self.shown, self.bar = shown, None
+        if shown and sys.stderr.isatty():
             self.bar = tqdm(total=total, initial=done, desc=what, unit="photo", dynamic_ncols=True)
 
     def update(self, count: int) -> None:
@@ -246,7 +246,7 @@ class Progress:
             self.bar.update(count)
             return
         now = time.monotonic()
-        if now - self.last >= 10:
+        if self.shown and now - self.last >= 10:
             self.last = now
             left = (self.total - self.done) / self.rate()
             print(

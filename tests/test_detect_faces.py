@@ -4,11 +4,10 @@ import tarfile
 
 import numpy as np
 import pytest
-import torch
-import torch.nn.functional as F
 from facenet_pytorch import MTCNN
 
 import detect_faces
+import pyramid
 from detect_faces import FaceDetector, Faces, central_face
 from images import read_image
 from synthetic_faces import draw_face
@@ -53,27 +52,6 @@ def compare(photos: list[np.ndarray]) -> None:
     assert found >= 0.99 * total
 
 
-def test_summed_area_resampling_is_area_interpolation():
-    stack = torch.randint(0, 256, (2, 37, 53, 3), dtype=torch.uint8)
-    sums = detect_faces._summed_area(stack)
-    plain = (stack.permute(0, 3, 1, 2).float() - 127.5) * 0.0078125
-    for size in ((37, 53), (20, 11), (12, 12), (60, 70)):  # smaller, and larger too
-        level = detect_faces._resample_all(sums, *size)
-        assert torch.allclose(level, F.interpolate(plain, size, mode="area"), atol=1e-5)
-    boxes = torch.tensor([[0, 0, 53, 37], [5, 3, 6, 4], [10, 8, 43, 30]])
-    owner = torch.tensor([0, 1, 1])
-    crops = detect_faces._resample_boxes(sums, boxes, owner, 24)
-    for crop, (x1, y1, x2, y2), photo in zip(crops, boxes, owner, strict=True):
-        expected = F.interpolate(plain[photo : photo + 1, :, y1:y2, x1:x2], (24, 24), mode="area")
-        assert torch.allclose(crop, expected[0], atol=1e-5)
-
-
-def test_sums_that_wrap_around_are_still_right():
-    stack = torch.full((1, 3000, 3000, 3), 255, dtype=torch.uint8)  # 2.3e9 is above 2^31
-    level = detect_faces._resample_all(detect_faces._summed_area(stack), 30, 30)
-    assert torch.allclose(level, torch.full_like(level, 127.5 * 0.0078125))
-
-
 @pytest.mark.parametrize("shape", [(16, 16), (20, 20), (19, 300), (200, 200)])
 @pytest.mark.parametrize("value", [0, 128, 255])
 def test_a_picture_without_a_face(shape, value):
@@ -81,6 +59,60 @@ def test_a_picture_without_a_face(shape, value):
     for faces in FaceDetector().detect([blank, blank]):
         assert len(faces) == 0
         assert faces.boxes.shape == (0, 4) and faces.landmarks.shape == (0, 5, 2)
+
+
+def noisy(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
+    """A drawn face on a noisy ground of any size."""
+    photo = rng.integers(0, 256, (*shape, 3), dtype=np.uint8)
+    face = draw_face(0, 0, 0)[0][: shape[0], : shape[1]]
+    photo[: face.shape[0], : face.shape[1]] = face
+    return photo
+
+
+SHAPES = [(176, 176), (177, 240), (301, 199), (160, 160), (89, 109), (13, 200)]
+
+
+def test_faces_do_not_depend_on_the_photos_beside():
+    rng = np.random.default_rng(0)
+    photos = [noisy(rng, shape) for shape in SHAPES for _ in range(2)]
+    detector = FaceDetector()
+    together = detector.detect(photos)
+    alone = [detector.detect([photo])[0] for photo in photos]
+    backwards = detector.detect(photos[::-1])[::-1]
+    assert sum(map(len, alone)) >= 8
+    for first, *others in zip(alone, together, backwards, strict=True):
+        for other in others:  # not nearly equal: the same bits
+            assert np.array_equal(first.boxes, other.boxes)
+            assert np.array_equal(first.scores, other.scores)
+            assert np.array_equal(first.landmarks, other.landmarks)
+
+
+def test_batches_as_a_gpu_takes_them_find_the_same():
+    rng = np.random.default_rng(1)
+    photos = [noisy(rng, shape) for shape in SHAPES for _ in range(3)]
+    alone = FaceDetector().detect(photos)
+    detector = FaceDetector()
+    detector.batched = True
+    assert max(len(part) for (part,) in detector._windows(photos)) >= 3
+    for first, second in zip(alone, detector.detect(photos), strict=True):
+        assert np.allclose(first.boxes, second.boxes, atol=1e-2)
+        assert np.allclose(first.landmarks, second.landmarks, atol=1e-2)
+
+
+def test_a_large_photo_is_read_in_bands_and_nothing_changes(monkeypatch):
+    rng = np.random.default_rng(2)
+    photos = [noisy(rng, shape) for shape in SHAPES]
+    whole = FaceDetector().detect(photos)
+    monkeypatch.setattr(pyramid, "_TABLE_PIXELS", 1000)
+    monkeypatch.setattr(pyramid, "_BAND_PIXELS", 3000)
+    monkeypatch.setattr(pyramid, "_CANVAS_PIXELS", {"cpu": 4000})
+    monkeypatch.setattr(detect_faces, "_MATRIX", 10)
+    pyramid._planned.cache_clear()
+    in_bands = FaceDetector().detect(photos)
+    pyramid._planned.cache_clear()
+    for first, second in zip(whole, in_bands, strict=True):
+        assert np.allclose(first.boxes, second.boxes, atol=1e-2)
+        assert np.allclose(first.landmarks, second.landmarks, atol=1e-2)
 
 
 def test_no_photos():

@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 import align_faces
+import crop_faces
 import manifest
 import pre_process
 from checkpoint import sha256
@@ -140,7 +141,7 @@ def test_a_second_run_has_nothing_to_do(raw, tmp_path, capsys, monkeypatch):
     pre_process.prepare(raw, tmp_path / "out", OPTIONS)
     before = tree(tmp_path / "out")
     capsys.readouterr()
-    monkeypatch.setattr(pre_process, "Worker", None)  # a detector would fail
+    monkeypatch.setattr(crop_faces, "Worker", None)  # a detector would fail
     pre_process.prepare(raw, tmp_path / "out", OPTIONS)
     assert tree(tmp_path / "out") == before
     assert "nothing was left to do" in capsys.readouterr().out
@@ -256,7 +257,7 @@ def test_row12_row13_landmarks_that_are_no_face_and_several_faces(tmp_path, monk
     for kind in LANDMARKS:
         image = Image.new("RGB", (180, 180), (10 * kind + 5,) * 3)
         image.save(tmp_path / f"photos/id/{kind}.png")
-    monkeypatch.setattr(pre_process, "FaceDetector", StubDetector)
+    monkeypatch.setattr(crop_faces, "FaceDetector", StubDetector)
     for _ in range(2):
         pre_process.prepare(tmp_path / "photos", tmp_path / "out", OPTIONS)
     found = rows(tmp_path / "out")
@@ -565,33 +566,168 @@ def test_bad_input_from_the_shell(script, tmp_path):
     assert "no.tgz" in done.stderr and not (tmp_path / "out").exists()
 
 
+def test_threads_around_one_detector_give_the_same_bytes(spoiled, tmp_path, monkeypatch):
+    """What a GPU is fed by, here with the detector on the CPU; one photo counts as large."""
+    pre_process.prepare(spoiled, tmp_path / "one", OPTIONS)
+    whole = tree(tmp_path / "one")
+    photos = pre_process.list_photos(spoiled).photos
+    monkeypatch.setattr(
+        crop_faces.pyramid, "is_large", lambda image: image.tobytes() == first.tobytes()
+    )
+    first = read_image(spoiled / photos[0].source)
+    out = tmp_path / "two"
+    (out / crop_faces.PARTS).mkdir(parents=True)
+    worker = crop_faces.Worker(spoiled, out, OPTIONS, "cpu")
+    chunks = list(crop_faces.chunked(photos, 2, 1))
+    found = [row for rows in crop_faces.feed(worker, chunks, 3) for row in rows]
+    lines = {row.source: row.line() for row in found}
+    assert whole["manifest.csv"].decode().split("\n", 1)[1] == "".join(
+        lines[photo.source] for photo in photos
+    )
+    crops = {name: data for name, data in whole.items() if name.startswith("images/")}
+    assert tree(out) == crops
+
+
+def test_chunks_hold_every_photo_once_and_end_small():
+    photos = [crop_faces.Photo(str(number), "", "") for number in range(1000)]
+    chunks = list(crop_faces.chunked(photos, 32, 4))
+    assert [photo for chunk in chunks for photo in chunk] == photos
+    assert len(chunks[0]) == 32 and len(chunks[-1]) == 1
+
+
+def start(*words: object, ranks: int = 0, cwd: Path | None = None) -> subprocess.Popen:
+    """pre_process.py in a process group of its own, or several ranks of it under torchrun."""
+    job = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
+    command = [sys.executable, *(job if ranks else []), pre_process.config.ROOT / "pre_process.py"]
+    return subprocess.Popen(
+        [str(word) for word in (*command, *words)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def test_two_ranks_give_the_same_bytes(spoiled, tmp_path):
+    pre_process.prepare(spoiled, tmp_path / "one", OPTIONS)
+    job = start("--src", spoiled, "--out", tmp_path / "two", ranks=2)
+    said, _ = job.communicate(timeout=120)
+    assert job.returncode == 0, said
+    assert tree(tmp_path / "one") == tree(tmp_path / "two")
+    assert said.count("8 photos of 3 identities") == 1
+
+
+def test_ranks_share_what_is_left_and_the_first_one_derives(raw, tmp_path):
+    names, out = tmp_path / "names.txt", tmp_path / "out"
+    names.write_text("Ann\n")
+    words = ["--src", raw, "--out", out, "--exclude-names", names]
+    for more in (["--pack"], ["--out", out, "--report"]):  # the second: of a set that is prepared
+        job = start(*(words if more == ["--pack"] else []), *more, ranks=2)
+        said, _ = job.communicate(timeout=120)
+        assert job.returncode == 0, said
+    status = {row.identity: row.status for row in rows(out).values()}
+    assert status.pop("ann") == "excluded" and set(status.values()) == {"aligned"}
+    assert not (out / "images/ann").exists() and (out / "report.html").exists()
+    assert said.count("report.html") == 1 and (out / "train.rec").exists()
+
+
+def test_a_refusal_ends_all_ranks(tmp_path):
+    job = start("--src", tmp_path / "no.tgz", "--out", tmp_path / "out", ranks=2)
+    said, _ = job.communicate(timeout=60)
+    assert job.returncode != 0 and "error: " in said and "no.tgz is not there" in said
+    assert not (tmp_path / "out").exists()
+
+
+def ranks_of(job: subprocess.Popen) -> dict[int, int]:
+    """Rank -> process id, of those that torchrun has started."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, ValueError):
+            if int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1]) == job.pid:
+                variables = (folder / "environ").read_bytes().split(b"\0")
+                ranks = [int(one[5:]) for one in variables if one.startswith(b"RANK=")]
+                found.update({rank: int(folder.name) for rank in ranks})
+    return found
+
+
+def draw_many(src: Path, identities: int, photos: int, enlarged: int = 1) -> Path:
+    for identity in range(identities):
+        (src / f"id{identity}").mkdir(parents=True)
+        for photo in range(photos):
+            image = draw_face(0, identity, photo)[0].repeat(enlarged, 0).repeat(enlarged, 1)
+            write_jpeg(src / f"id{identity}/{photo}.jpg", image)
+    return src
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_dies_fails_the_job_and_a_rerun_goes_on(victim, tmp_path):
+    src = draw_many(tmp_path / "photos", 10, 10, enlarged=5)
+    job = start("--src", src, "--out", tmp_path / "out", "--batch-size", 2, ranks=2)
+    part = tmp_path / "out" / pre_process.PART.format(1)
+    while not (part.exists() and part.stat().st_size):
+        assert job.poll() is None
+        time.sleep(0.02)
+    os.kill(ranks_of(job)[victim], signal.SIGKILL)
+    said, _ = job.communicate(timeout=60)
+    assert job.returncode != 0
+    assert not (tmp_path / "out/manifest.csv").exists()
+    rerun = start("--src", src, "--out", tmp_path / "out", ranks=2)
+    said, _ = rerun.communicate(timeout=200)
+    assert rerun.returncode == 0 and "photos are done already" in said, said
+    pre_process.prepare(src, tmp_path / "whole", dataclasses.replace(OPTIONS, workers=2))
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ctrl_c_ends_within_seconds(workers, tmp_path):
+    src = draw_many(tmp_path / "photos", 2, 4)
+    big = draw_face(0, 0, 0)[0].repeat(20, 0).repeat(20, 1)  # seconds each
+    for number in range(2 * workers + 2):
+        write_jpeg(src / f"id1/big{number}.jpg", big)
+    words = ["--src", src, "--out", tmp_path / "out", "--batch-size", 2, "--workers", workers]
+    process = start(*words)
+    journal = tmp_path / "out" / pre_process.JOURNAL
+    while not (journal.exists() and journal.stat().st_size):
+        assert process.poll() is None
+        time.sleep(0.02)
+    time.sleep(1)
+    begun = time.monotonic()
+    os.killpg(process.pid, signal.SIGINT)
+    said, _ = process.communicate(timeout=30)
+    assert time.monotonic() - begun < 4  # 1 s on a quiet machine
+    assert process.returncode == 130 and "what was done is kept" in said, said
+    assert "Traceback" not in said
+    time.sleep(1)
+    assert not running(process.pid)
+
+
+def running(group: int) -> list[str]:
+    """Command lines of the processes of a group that are not over."""
+    done = subprocess.run(
+        ["ps", "-A", "-o", "pgid=,stat=,args="], capture_output=True, text=True, check=True
+    )
+    lines = [line.split(maxsplit=2) for line in done.stdout.splitlines()]
+    return [line[2] for line in lines if line[0] == str(group) and line[1][0] != "Z"]
+
+
 @pytest.mark.slow
 def test_row18_kills_lose_nothing(tmp_path):
     """SIGKILL at 20 random moments, then to the end: the same bytes as without a kill."""
     rng = np.random.default_rng(0)
-    src = tmp_path / "photos"
-    for identity in range(12):
-        (src / f"id{identity}").mkdir(parents=True)
-        for photo in range(10):
-            write_jpeg(src / f"id{identity}/{photo}.jpg", draw_face(0, identity, photo)[0])
+    src = draw_many(tmp_path / "photos", 12, 10)
     write_jpeg(src / "id0/wall.jpg", np.full((176, 176, 3), 90, np.uint8))
     words = ["--batch-size", "4", "--workers", "2", "--keep-undetected"]
 
-    def start(out: Path) -> subprocess.Popen:
-        command = [sys.executable, str(pre_process.config.ROOT / "pre_process.py"), *words]
-        command += ["--src", str(src), "--out", str(out)]
-        return subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            start_new_session=True,
-        )  # fmt: skip
+    def begin(out: Path) -> subprocess.Popen:
+        return start(*words, "--src", src, "--out", out)
 
     begun = time.monotonic()
-    whole = start(tmp_path / "whole")
+    whole = begin(tmp_path / "whole")
     assert whole.wait(timeout=120) == 0
     length = time.monotonic() - begun
     unfinished = 0
     for _ in range(20):
-        process = start(tmp_path / "out")
+        process = begin(tmp_path / "out")
         time.sleep(rng.uniform(0.3, 0.95) * length)
         unfinished += process.poll() is None
         with contextlib.suppress(ProcessLookupError):  # at its end already
@@ -600,6 +736,6 @@ def test_row18_kills_lose_nothing(tmp_path):
         if (tmp_path / "out/manifest.csv").exists():
             shutil.rmtree(tmp_path / "out")  # it got to the end: once more from the start
     assert unfinished >= 10
-    last = start(tmp_path / "out")
+    last = begin(tmp_path / "out")
     assert last.wait(timeout=120) == 0, last.stdout.read()
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
