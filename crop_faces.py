@@ -4,20 +4,19 @@
         ...
 
 On a CPU every process takes photo after photo, with one thread. On a GPU one process feeds the card
-with batches, while threads decode the next photos and write the crops of the last ones.
+with batches, while threads decode the next photos and write the crops of the last ones; that way
+has run on CPUs only, so nothing is claimed of its speed.
 
 What becomes of a photo depends on nothing but the photo (on a GPU, where it is taken together with
 others, up to rounding), so that any number of processes gives the same files.
 """
 
 import os
+import shutil
 import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import (
-    Future,
-    ThreadPoolExecutor,
-)
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -138,15 +137,23 @@ class Worker:
 
 
 def write_crop(out: Path, image: str, crop: np.ndarray) -> None:
-    """Written elsewhere under a name of this thread alone, then moved: never half a crop."""
+    """Written elsewhere under a name of this thread alone, then moved: never half a crop.
+
+    Raises OSError that names the crop and how much room the disk has.
+    """
     name = f"{job.rank()}-{os.getpid()}-{threading.get_ident()}"
     temporary, path = out / PARTS / name, out / image
-    temporary.write_bytes(jpeg_bytes(crop))
     try:
-        os.replace(temporary, path)
-    except FileNotFoundError:  # the first of its folder
-        path.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(temporary, path)
+        temporary.write_bytes(jpeg_bytes(crop))
+        try:
+            os.replace(temporary, path)
+        except FileNotFoundError:  # the first of its folder
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        said = f"{error.strerror} ({shutil.disk_usage(out).free:,} bytes are free)"
+        raise OSError(error.errno, said, str(path)) from error
 
 
 # --------------------------------------------------------------------------------------------------
