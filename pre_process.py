@@ -380,7 +380,8 @@ def finish(
     done: dict[str, str], listing: Listing, root: Path, out: Path, options: PreProcessOptions
 ) -> list[Row]:
     """Decide on the photos without a face, and write manifest.csv."""
-    rows = [Row.parse(next(csv.reader([done[photo.source]]))) for photo in listing.photos]
+    # Taken out of `done`: of millions of photos both would not fit.
+    rows = [Row.parse(next(csv.reader([done.pop(photo.source)]))) for photo in listing.photos]
     aligned = [row for row in rows if row.status == ALIGNED]
     if not aligned:
         reasons = Counter(row.reason for row in rows).most_common(3)
@@ -392,8 +393,10 @@ def finish(
             if rows[index].reason in CROPPABLE:
                 rows[index] = crop_undetected(photo, rows[index], shares, root, out, options)
     os.sync()  # the crops are on disk before the manifest says so
-    lines = [manifest.csv_line(list(manifest.COLUMNS)), *(row.line() for row in rows)]
-    write_atomic(out / manifest.NAME, "".join(lines).encode(errors="surrogateescape"))
+    header = manifest.csv_line(list(manifest.COLUMNS))
+    lines = itertools.chain([header], (row.line() for row in rows))
+    encoded = (line.encode(errors="surrogateescape") for line in lines)
+    write_atomic(out / manifest.NAME, lambda file: file.writelines(encoded))
     (out / JOURNAL).unlink(missing_ok=True)
     shutil.rmtree(out / PARTS, ignore_errors=True)
     return rows

@@ -59,7 +59,7 @@ def watch(src: Path, out: Path, total: int) -> None:
     print("| photos done | parent, MB | largest worker, MB | peak so far |\n|---|---|---|---|")
     while process.poll() is None:
         time.sleep(0.2)
-        parent, *workers = [resident(process.pid), *map(resident, children(process.pid))]
+        parent, *workers = [resident(process.pid), *map(resident, descendants(process.pid))]
         worker = max(workers, default=0)
         peak = [max(peak[0], parent), max(peak[1], worker)]
         done = journal.read_bytes().count(b"\n") if journal.exists() else 0
@@ -70,11 +70,13 @@ def watch(src: Path, out: Path, total: int) -> None:
     print(process.stdout.read())
 
 
-def children(pid: int) -> list[int]:
+def descendants(pid: int) -> list[int]:
+    """Of a process: the server that the workers are forked from, and the workers below it."""
     try:
-        return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        own = [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except OSError:
         return []
+    return own + [below for one in own for below in descendants(one)]
 
 
 def resident(pid: int) -> int:

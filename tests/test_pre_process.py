@@ -701,6 +701,26 @@ def test_ctrl_c_ends_within_seconds(workers, tmp_path):
     assert not running(process.pid)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_write_that_fails_is_told_and_nothing_is_lost(raw, tmp_path, workers):
+    limit = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (2500, 2500)); "
+    limit += "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    script = pre_process.config.ROOT / "pre_process.py"
+    words = [script, "--src", raw, "--out", tmp_path / "out", "--workers", workers]
+    done = subprocess.run(
+        [sys.executable, "-c", limit, *map(str, words)],
+        capture_output=True, text=True, timeout=100, cwd=script.parent,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.startswith("error: ") and "what was done is kept" in done.stderr
+    assert f"{tmp_path}/out/images" in done.stderr and "bytes free" in done.stderr
+    assert not (tmp_path / "out/manifest.csv").exists()
+    assert not list((tmp_path / "out").rglob("*.jpg"))  # none is half there
+    pre_process.prepare(raw, tmp_path / "out", OPTIONS)
+    pre_process.prepare(raw, tmp_path / "whole", OPTIONS)
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
 def running(group: int) -> list[str]:
     """Command lines of the processes of a group that are not over."""
     done = subprocess.run(
