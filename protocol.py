@@ -377,6 +377,17 @@ def is_measurable(far: float, impostors: int) -> bool:
     return far * impostors >= 1 - 1e-9
 
 
+def threshold_at_far(impostors: np.ndarray, far: float) -> float:
+    """The highest threshold in degrees below which at most that share of the impostor angles lies.
+
+    (N,) degrees, any order. Raises ValueError where one pair is already more than that share.
+    """
+    if not is_measurable(far, len(impostors)):
+        raise ValueError(f"{len(impostors)} impostor pairs can't show a FAR of {far}")
+    accepted = min(int(far * len(impostors) + 1e-9), len(impostors) - 1)
+    return float(np.partition(np.asarray(impostors, dtype=np.float64), accepted)[accepted])
+
+
 def d_prime(angles: np.ndarray, same: np.ndarray) -> float | None:
     """Distance of the two mean angles in units of their pooled spread; None without a spread."""
     angles, same = _checked(angles, same)

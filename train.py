@@ -62,7 +62,7 @@ from training_step import (
     learning_rate,
     update,
 )
-from validation import Validation, make_validation
+from validation import Score, Validation, make_validation
 
 # What may differ between a run and its continuation: not what is computed, but where and how it is
 # watched. (Another device or number of threads rounds differently, so the last bits may differ.)
@@ -219,12 +219,13 @@ def validate(
     best: float,
 ) -> float:
     """Score the network, keep its weights if it is the best so far -> the best accuracy."""
-    accuracy = validation.accuracy(net.backbone, net.device) if validation else math.nan
-    log.validation(step, accuracy)
-    if accuracy <= best:  # false for NaN: where there is nothing to compare, the last one counts
+    nothing = Score(math.nan, None, None, 0)
+    score = validation.score(net.backbone, net.device) if validation else nothing
+    log.validation(step, score.accuracy)
+    if score.accuracy <= best:  # false for NaN: with nothing to compare, the last one counts
         return best
-    training_state.save_best(run, net.backbone, options, faces, accuracy)
-    return accuracy if validation else best
+    training_state.save_best(run, net.backbone, options, faces, score)
+    return score.accuracy if validation else best
 
 
 # --------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ import utils
 from config import InputError, TrainOptions
 from sharded_head import ShardedHead
 from training_step import Net, seed_of_rank
+from validation import Score
 
 FORMAT = 2  # of a checkpoint
 
@@ -177,7 +178,7 @@ def save_best(
     backbone: nn.Module,
     options: TrainOptions,
     faces: data_gen.FaceSet,
-    accuracy: float,
+    score: Score,
 ) -> None:
     """The weights with all that a user of them must know."""
     if distributed.rank():
@@ -189,7 +190,13 @@ def save_best(
         "input": "112x112 RGB, (x - 127.5) / 127.5",
         "identities": str(len(faces.identities)),
         "photos": str(len(faces)),
-        "validation_accuracy": f"{accuracy:.6f}",
+        "validation_accuracy": f"{score.accuracy:.6f}",
         "commit": utils.commit(),
     }
+    if score.threshold is not None:  # what verify.py decides by
+        metadata |= {
+            "threshold_degrees": f"{score.threshold:.4f}",
+            "threshold_far": f"{score.far:g}",
+            "threshold_impostor_pairs": str(score.impostors),
+        }
     checkpoint.save_weights(run / checkpoint.BEST, backbone.state_dict(), metadata)

@@ -74,6 +74,7 @@ def load_backbone(
 ) -> torch.nn.Module:
     """A trained network in eval mode: float32 (N, 3, 112, 112) in [-1, 1] -> float32 (N, E).
 
+    Its `metadata`, text to text, is what its file says about it: architecture, input, threshold.
     `mean` and `std` are those of a foreign .onnx, in pixels; ours says its own. With `fold`, BNs
     are folded into convolutions: faster, and the same but for rounding (see folding.py).
     Raises InputError: not there, damaged, or not a model.
@@ -98,6 +99,7 @@ def load_backbone(
     load_state(model, state, file)
     if fold:
         model = folding.fold(model)
+    model.metadata = metadata
     return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
@@ -124,6 +126,7 @@ class OnnxBackbone(torch.nn.Module):
                 f"{file} is not an ONNX network ({line}): name another file"
             ) from error
         self.input = self.session.get_inputs()[0]
+        self.metadata = self.session.get_modelmeta().custom_metadata_map
         if self.input.type != "tensor(float)":
             raise InputError(f"{file} takes {self.input.type}, not float32: name another file")
         shape = self.input.shape

@@ -1,12 +1,13 @@
 """The validation of a run: held-out identities, or given pairs such as LFW's View 1.
 
     faces, validation = make_validation(faces, options)      # the photos left to train on
-    validation.accuracy(backbone, device)                    # k-fold, on plain angles
+    score = validation.score(backbone, device)               # k-fold accuracy, a threshold
 
 Never LFW's View 2: that is the test. Legend of shapes: P crops, E embedding size.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +18,17 @@ import distributed
 import protocol
 import utils
 from config import InputError, TrainOptions
+
+# False accept rates at which a threshold is taken: the first one that ten impostor pairs show.
+_FARS = (1e-4, 1e-3, 1e-2, 1e-1)
+_CROWD = 2000  # photos of held-out people, all of whose impostor pairs are looked at: 2 million
+
+
+class Score(NamedTuple):
+    accuracy: float  # share of pairs told right, the threshold chosen on the other folds
+    threshold: float | None  # degrees; below it two photos are taken for one person
+    far: float | None  # share of the impostor pairs below the threshold
+    impostors: int  # pairs that it was taken on
 
 
 class Validation:
@@ -31,16 +43,15 @@ class Validation:
         same: np.ndarray,
         fold: np.ndarray,
         what: str,
+        labels: np.ndarray | None = None,
     ):
+        self.labels = labels  # (P,) of held-out people, where the photos are known as theirs
         self.photos, self.embedding_size = photos, embedding_size
         self.read = read  # index -> uint8 (112, 112, 3)
         self.pairs, self.same, self.fold, self.what = pairs, same, fold, what
 
-    def accuracy(self, backbone: nn.Module, device: torch.device, size: int = 64) -> float:
-        """Share of pairs told right, the threshold chosen on the other folds.
-
-        The ranks share the crops; each gets the figure.
-        """
+    def score(self, backbone: nn.Module, device: torch.device, size: int = 64) -> Score:
+        """The ranks share the crops; each gets the figures."""
         distributed.copy_buffers(backbone)
         most = -(-self.photos // distributed.ranks())  # of a rank, the last ones have fewer
         mine = range(self.photos)[distributed.rank() * most :][:most]
@@ -58,7 +69,27 @@ class Validation:
         if not np.isfinite(table).all() or not table.any(axis=1).all():
             raise InputError("the network gives embeddings that are no directions: lower --lr")
         angles = protocol.theta(table[self.pairs[:, 0]], table[self.pairs[:, 1]])
-        return protocol.kfold_accuracy(angles, self.same, self.fold).mean
+        accuracy = protocol.kfold_accuracy(angles, self.same, self.fold).mean
+        impostors = angles[~self.same] if self.labels is None else crowd(table, self.labels)
+        for far in _FARS:
+            if far * len(impostors) >= 10:
+                threshold = protocol.threshold_at_far(impostors, far)
+                return Score(accuracy, threshold, far, len(impostors))
+        return Score(accuracy, None, None, len(impostors))
+
+
+def crowd(table: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Embeddings (P, E) and their identities -> angles of all impostor pairs, (N,) degrees.
+
+    Of _CROWD photos spread over the set, where there are more.
+    """
+    pick = np.unique(np.linspace(0, len(table) - 1, _CROWD).astype(np.int64))
+    unit = table[pick] / np.linalg.norm(table[pick], axis=1, keepdims=True)  # (Q, E)
+    first, second = np.triu_indices(len(pick), k=1)
+    other = labels[pick][first] != labels[pick][second]
+    cosine = (unit @ unit.T)[first[other], second[other]]  # (N,)
+    # No need for protocol.theta: its precision matters near 0 and 180, no impostor's angle.
+    return np.degrees(np.arccos(cosine.clip(-1, 1).astype(np.float64)))
 
 
 def make_validation(
@@ -94,5 +125,6 @@ def make_validation(
         f"{len(held_out.identities)} held-out identities"
     )
     return rest, Validation(
-        len(held_out), options.embedding_size, held_out.read, pairs, same, fold, what
-    )
+        len(held_out), options.embedding_size, held_out.read, pairs, same, fold, what,
+        held_out.labels,
+    )  # fmt: skip

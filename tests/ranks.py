@@ -181,7 +181,7 @@ def few_photos() -> None:
     found = Validation(4, E, crops.__getitem__, pairs, same, fold, "")
     torch.manual_seed(0)
     backbone = models.create("mbf", E, width=0.125)
-    accuracy = found.accuracy(backbone, torch.device("cpu"))
+    accuracy = found.score(backbone, torch.device("cpu")).accuracy
     table = distributed.gather(torch.tensor([accuracy]))
     assert len(table) == distributed.ranks() and (table == table[0]).all()
 

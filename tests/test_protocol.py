@@ -430,3 +430,21 @@ def test_row_39_folds_of_one_kind_each_are_refused(tmp_path):
     (tmp_path / "p.tsv").write_text("a\tb\t1\t0\nc\td\t1\t0\ne\tf\t0\t1\ng\th\t0\t1\n")
     with pytest.raises(InputError, match="beside fold 0 there are pairs of one kind only"):
         protocol.read_pairs(tmp_path / "p.tsv")
+
+
+# --- a threshold for use --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("far", [1e-3, 1e-2, 0.1, 0.5])
+def test_no_higher_threshold_keeps_the_false_accept_rate(far):
+    angles = np.random.default_rng(3).normal(88, 5, 4000)
+    threshold = protocol.threshold_at_far(angles, far)
+    assert np.mean(angles < threshold) <= far < np.mean(angles <= threshold)
+
+
+def test_a_threshold_with_equal_angles_accepts_none_of_them():
+    angles = np.array([70.0, 80.0, 80.0, 80.0, 90.0, 90.0, 90.0, 90.0, 90.0, 90.0])
+    assert protocol.threshold_at_far(angles, 0.2) == 80.0
+    assert protocol.threshold_at_far(angles, 1.0) == 90.0  # an angle of a photo itself is not asked
+    with pytest.raises(ValueError, match="10 impostor pairs can't show"):
+        protocol.threshold_at_far(angles, 0.05)

@@ -239,7 +239,10 @@ def test_the_weights_say_what_they_are(finished):
     _, metadata = checkpoint.load_weights(run / "best.safetensors")
     assert metadata["network"] == "mbf" and metadata["embedding_size"] == "32"
     assert "RGB" in metadata["input"] and "127.5" in metadata["input"]
+    assert 0 < float(metadata["threshold_degrees"]) < 180
+    assert int(metadata["threshold_impostor_pairs"]) * float(metadata["threshold_far"]) >= 10
     model = utils.load_backbone(run)
+    assert model.metadata == metadata
     crops = np.random.default_rng(0).integers(0, 256, (3, 112, 112, 3), dtype=np.uint8)
     embeddings = utils.embed(model, crops, flip=False)
     assert embeddings.shape == (3, 32) and embeddings.dtype == np.float32
