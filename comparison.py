@@ -97,9 +97,12 @@ def as_csv(table: list[list[object]]) -> bytes:
 
 def markdown(columns: Sequence[str], table: list[list[str]]) -> str:
     cells = [columns, ["---"] * len(columns), *table]
-    return "".join(
-        "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |\n" for row in cells
-    )
+    return "".join(f"| {' | '.join(map(_cell, row))} |\n" for row in cells)
+
+
+def _cell(text: str) -> str:
+    """A name may hold what Markdown or a page would read as its own."""
+    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").splitlines())
 
 
 def console(columns: tuple[str, ...], table: list[list[str]]) -> str:

@@ -494,14 +494,22 @@ def _argument(field: dataclasses.Field, hint: object) -> dict[str, typing.Any]:
     if typing.get_origin(hint) is tuple:
         kind = typing.get_args(hint)[0]  # of each entry
         metavar = "X" if kind is float else kind.__name__.upper()
+        kind = _path if kind is Path else kind
         return {"type": kind, "nargs": "+", "action": _Tuple, "metavar": metavar, "help": text}
     choices = field.metadata.get("choices")
     metavar = None if choices is None else "NAME"
+    kind = _path if hint is Path else hint
     return {
-        "type": _chosen(choices) if choices else hint,
+        "type": _chosen(choices) if choices else kind,
         "metavar": metavar or hint.__name__.upper(),
         "help": text + (f" [{' '.join(choices)}]" if choices else ""),
     }
+
+
+def _path(word: str) -> Path:
+    if not word:  # an unset variable of a shell; Path("") is the current folder
+        raise argparse.ArgumentTypeError("an empty path")
+    return Path(word)
 
 
 class _Tuple(argparse.Action):

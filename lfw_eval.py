@@ -65,6 +65,8 @@ def main(options: config.EvalOptions) -> None:
 
     tests = verification_set.load(options.data, options.pairs)
     models = name_models(options, tests)
+    for model in models[1:]:  # what can't be loaded is told before the first one is evaluated
+        utils.load_backbone(model.given, device, options.input_mean, options.input_std)
     judged, runs = [], []
     for model in models:
         said, run = evaluate(model, tests, options, device)

@@ -93,6 +93,11 @@ def read_rows(path: Path) -> Iterator[list[str]]:
                         f"{path}:{reader.line_num} has {len(cells)} cells instead of "
                         f"{len(COLUMNS)}: run pre_process.py on this folder again"
                     )
+                if cells[2].startswith("/") or ".." in cells[2].split("/"):
+                    raise InputError(
+                        f"{path}:{reader.line_num} names a crop outside of {path.parent} "
+                        f"({cells[2]}): prepare the folder again"
+                    )
                 yield cells
     except FileNotFoundError as error:
         raise InputError(
@@ -116,9 +121,22 @@ def read_manifest(folder: Path) -> list[Row]:
 
 
 def read_settings(folder: Path) -> dict:
-    """Source and settings that a folder was prepared with; empty where there are none."""
+    """Source and settings that a folder was prepared with; empty where there are none.
+
+    Raises InputError: damaged.
+    """
     path = folder / SETTINGS
-    return json.loads(path.read_text()) if path.exists() else {}
+    if not path.exists():
+        return {}
+    try:
+        settings = json.loads(path.read_text())
+        if not isinstance(settings, dict):
+            raise ValueError("it holds no settings")
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path} is damaged ({error}): delete {folder} and prepare it again"
+        ) from error
+    return settings
 
 
 def _flat(array: np.ndarray | None, size: int) -> list[float | None]:

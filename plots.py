@@ -38,6 +38,7 @@ PAPER = {
 CURVES = ("genuine", "impostor", "curve3", "curve4", "curve5", "curve6")
 DASHES = ("-", "--", "-.", ":")
 SIZE = (4.8, 3.4)  # inches: 346 pt, so that on a phone a point is about a pixel
+_LEGEND_ROW = 0.17  # inches; SIZE has room for three
 
 
 def theta_figure(angles: np.ndarray, same: np.ndarray, thresholds: np.ndarray) -> Figure:
@@ -58,10 +59,9 @@ def theta_figure(angles: np.ndarray, same: np.ndarray, thresholds: np.ndarray) -
     cut, least, most = thresholds.mean(), thresholds.min(), thresholds.max()
     label = f"threshold {cut:.1f}° ({least:.1f}° to {most:.1f}°)"
     axes.axvline(cut, color=PAPER["ink"], linestyle="--", linewidth=1.1, label=label)
-    axes.set_ylim(top=1.35 * axes.get_ylim()[1])  # room for the legend
     axes.set_xlabel("angle between the two embeddings (degrees)")
     axes.set_ylabel("density")
-    _legend(axes, "upper left")
+    _legend(figure, axes)
     return figure
 
 
@@ -93,7 +93,7 @@ def roc_figure(models: Iterable[Scores], same: np.ndarray) -> Figure:
     axes.set_xlabel("FAR, share of impostor pairs accepted (log)")
     axes.set_ylabel("TAR, share of genuine pairs accepted")
     axes.grid(color=PAPER["line"], linewidth=0.6)
-    _legend(axes, "lower right")
+    _legend(figure, axes)
     return figure
 
 
@@ -125,8 +125,13 @@ def _blank() -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _legend(axes: Axes, place: str) -> None:
-    legend = axes.legend(loc=place, frameon=False, fontsize=8, labelcolor=PAPER["ink"])
+def _legend(figure: Figure, axes: Axes) -> None:
+    """Above the axes, where no line runs through it: a row an entry, for which the figure grows."""
+    legend = axes.legend(
+        loc="lower left", bbox_to_anchor=(0, 1), frameon=False, fontsize=8, borderaxespad=0.2,
+        labelcolor=PAPER["ink"],
+    )  # fmt: skip
+    figure.set_figheight(SIZE[1] + _LEGEND_ROW * (len(legend.get_texts()) - 3))
     for text in legend.get_texts():
         text.set_parse_math(False)  # a $ in a model's name is a $
 

@@ -203,7 +203,7 @@ def _read_listed(path: Path, rows: list[tuple[int, list[str]]]) -> Pairs:
                     "can be chosen: give every fold pairs of both kinds"
                 )
     else:
-        fold, folds_from = _cut_folds(path, same)
+        fold, folds_from = _cut_folds(path, same, "one" if columns == 4 else "none")
     return Pairs(path, left, right, same, fold, np.array(lines), folds_from)
 
 
@@ -218,7 +218,7 @@ def _clean(path: str) -> str:
     return path.replace("\\", "/").removeprefix("./")
 
 
-def _cut_folds(path: Path, same: np.ndarray) -> tuple[np.ndarray, str]:
+def _cut_folds(path: Path, same: np.ndarray, named: str = "none") -> tuple[np.ndarray, str]:
     """Ten contiguous folds, each with its share of both kinds. Contiguous as in LFW, where the
     pairs of one person lie together: a random cut would put them on both sides."""
     folds = min(FOLDS, int(same.sum()), int((~same).sum()))
@@ -227,7 +227,7 @@ def _cut_folds(path: Path, same: np.ndarray) -> tuple[np.ndarray, str]:
     fold = np.zeros(len(same), dtype=int)
     for kind in (same, ~same):
         fold[kind] = np.arange(kind.sum()) * folds // kind.sum()
-    return fold, f"{folds} folds cut from the list, which names none"
+    return fold, f"{folds} folds cut from the list, which names {named}"
 
 
 # --- angles and accuracy --------------------------------------------------------------------------

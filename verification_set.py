@@ -135,7 +135,7 @@ def originals(data: Path) -> tuple[Path | None, str]:
     try:
         known = manifest.read_settings(data)
         source, packed = Path(known["source"]), known["bytes"] is not None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (InputError, KeyError, TypeError):
         return None, f"{manifest.SETTINGS} does not say where the photos are"
     root = data / "source" if packed else config.ROOT / source  # an absolute path stays as it is
     if "\0" in str(root) or not root.is_dir():

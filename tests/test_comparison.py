@@ -40,14 +40,14 @@ def options(data: Path, out: Path | None, *named: Path) -> config.EvalOptions:
 def compared(lfw_like, tmp_path_factory) -> tuple[Path, Path]:
     """The comparison of three networks (one of them a single file), and where it lies."""
     folder = tmp_path_factory.mktemp("compare")
-    named = [network(folder / name, seed) for seed, name in ((1, "first"), (2, "second|one"))]
+    named = [network(folder / name, seed) for seed, name in ((1, "first"), (2, "second|<i>one"))]
     shutil.copy(network(folder / "third", 3) / checkpoint.BEST, folder / "third.safetensors")
     out = folder / "out"
     lfw_eval.main(options(lfw_like, out, *named, folder / "third.safetensors"))
     return folder, out
 
 
-NAMES = ["first", "second|one", "third.safetensors"]
+NAMES = ["first", "second|<i>one", "third.safetensors"]
 
 
 def test_each_model_has_its_report_and_all_one_comparison(compared):
@@ -72,7 +72,7 @@ def test_the_tables_hold_the_numbers_of_each_eval_json(compared):
         assert float(row["eer"]) == result["eer"] and row["tar_at_1e-3"] == ""
         assert float(row["accuracy_low"]) == result["confidence_95"]["accuracy"][0]
     text = (out / "comparison.md").read_text()
-    assert "second\\|one" in text and "n/a" in text
+    assert "second\\|&lt;i>one" in text and "n/a" in text
     table = [line for line in text.splitlines() if line.startswith("| third.safetensors |")]
     assert f"{100 * results[2]['accuracy']['mean']:.2f} %" in table[0]
     columns = {line.replace("\\|", "").count("|") for line in text.splitlines()[2:7]}
@@ -97,18 +97,18 @@ def test_mcnemar_is_made_of_the_same_pairs_judged_one_by_one(compared, lfw_like)
 def test_the_page_links_to_the_reports(compared):
     _, out = compared
     text = (out / "report.html").read_text()
-    for name in ("first", "second%7Cone", "third.safetensors"):
+    for name in ("first", "second%7C%3Ci%3Eone", "third.safetensors"):
         assert f'href="{name}/report.html"' in text
     assert text.count("<svg") == 1 and "McNemar" in text and "3 tests (Holm)" in text
 
 
 def test_the_console_shows_both_tables(compared, lfw_like, capsys):
     folder, _ = compared
-    lfw_eval.main(options(lfw_like, folder / "out", folder / "first", folder / "second|one"))
+    lfw_eval.main(options(lfw_like, folder / "out", folder / "first", folder / "second|<i>one"))
     said = capsys.readouterr().out
     assert "80 of 80 pairs scored" in said and "only A right" in said and "95 % interval" in said
     assert str(folder / "out" / "report.html") in said
-    lines = [line for line in said.splitlines() if line.startswith(("first", "second|one"))]
+    lines = [line for line in said.splitlines() if line.startswith(("first", "second|<i>one"))]
     assert len(lines) == 3
 
 
@@ -144,3 +144,11 @@ def test_aligned_columns():
 def test_holm_never_lowers(compared):
     p = np.random.default_rng(0).random(20).tolist()
     assert all(b >= a for a, b in zip(p, significance.holm(p), strict=True))
+
+
+def test_a_model_that_cannot_be_loaded_is_told_before_the_first_is_evaluated(lfw_like, tmp_path):
+    good, bad = network(tmp_path / "good", 1), tmp_path / "bad.safetensors"
+    bad.write_bytes((good / checkpoint.BEST).read_bytes()[:5000])
+    with pytest.raises(InputError, match=r"bad\.safetensors"):
+        lfw_eval.main(options(lfw_like, tmp_path / "out", good, bad))
+    assert not (tmp_path / "out").exists()

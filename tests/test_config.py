@@ -83,6 +83,7 @@ def test_published_recipes_have_the_batch_and_rate_of_the_paper():
         (["--schedule", "cosin"], "did you mean cosine?"),
         (["--recipe", "casia"], "casia-r50"),
         (["--milestones", "0.5", "1.5"], "above 1"),
+        (["--data", ""], "an empty path"),
     ],
 )
 def test_row37_a_wrong_word_is_refused_in_one_line(capsys, words, said):

@@ -219,10 +219,15 @@ def test_row_38_a_pair_that_cannot_be_scored_is_refused_with_its_line(prepared, 
         ("text.jpg", lambda path: path.write_text("no image"), "not an image"),
         ("absent.jpg", lambda path: None, "cannot be read"),
     ):
-        write(tmp_path / name)
-        write_manifest(data, [*others, manifest_row(source, image=str(tmp_path / name))])
+        write(data / name)
+        write_manifest(data, [*others, manifest_row(source, image=name)])
         said = refuse(options(data, out=out, model=model))
         assert name in said and word in said and "pre_process.py" in said
+
+    for outside in (str(tmp_path / "small.jpg"), "images/../../small.jpg"):
+        write_manifest(data, [*others, manifest_row(source, image=outside)])
+        said = refuse(options(data, out=out, model=model))
+        assert "manifest.csv:" in said and f"names a crop outside of {data}" in said
     assert not out.exists() or {p.name for p in out.iterdir()} <= {embeddings.NAME}
 
 

@@ -541,6 +541,14 @@ def test_no_usable_photo_is_refused(tmp_path):
     assert not (tmp_path / "out/manifest.csv").exists()
 
 
+def test_damaged_settings_are_named(raw, tmp_path):
+    pre_process.prepare(raw, tmp_path / "out", OPTIONS)
+    for damaged in (b'{"source": ', b"[1]", b"\xff"):
+        (tmp_path / "out/pre_process.json").write_bytes(damaged)
+        with pytest.raises(InputError, match=r"pre_process\.json is damaged"):
+            pre_process.prepare(raw, tmp_path / "out", OPTIONS)
+
+
 def test_other_settings_or_another_source_are_refused(raw, tmp_path):
     out = tmp_path / "out"
     pre_process.prepare(raw, out, OPTIONS)

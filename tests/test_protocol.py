@@ -104,6 +104,9 @@ def test_view_1_has_one_fold_which_is_cut(tmp_path):
     pairs = protocol.read_pairs(write(tmp_path / "view1", lines))
     assert np.bincount(pairs.fold).tolist() == [4] * 10
     assert "names none" in pairs.folds_from
+    lines = [f"{n}a\t{n}b\t{n % 2}\t7" for n in range(20)]
+    pairs = protocol.read_pairs(write(tmp_path / "one", lines))
+    assert np.bincount(pairs.fold).tolist() == [2] * 10 and "names one" in pairs.folds_from
 
 
 @pytest.mark.parametrize(
