@@ -1,7 +1,7 @@
 """What the scripts share: loading a backbone, embedding crops, devices, progress.
 
 from utils import embed, load_backbone
-model = load_backbone("runs/first")        # or a .safetensors, or an .onnx
+model = load_backbone("runs/first")        # or a .safetensors, .onnx, .pth of others
 embeddings = embed(model, crops)           # uint8 (N, 112, 112, 3) RGB -> float32 (N, E)
 """
 
@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 import folding
+import foreign_weights
 import models
 from checkpoint import BEST, load_state, load_weights
 from config import ROOT, InputError
@@ -49,7 +50,7 @@ def embed(model: torch.nn.Module, crops: np.ndarray, flip: bool = True) -> np.nd
 
 
 def model_file(path: Path) -> Path:
-    """A run folder, .safetensors or .onnx -> the file that holds the weights."""
+    """A run folder, .safetensors, .onnx, .pth or .pt -> the file that holds the weights."""
     path = Path(path)
     if not path.exists():
         raise InputError(f"{path} is not there: train a model first (python train.py), or name one")
@@ -58,9 +59,9 @@ def model_file(path: Path) -> Path:
         if not best.exists():
             raise InputError(f"{path} holds no {BEST}: name the folder of a run that has validated")
         return best
-    if path.suffix not in (".safetensors", ".onnx"):
+    if path.suffix not in (".safetensors", ".onnx", *foreign_weights.SUFFIXES):
         raise InputError(
-            f"{path} is not a model: name a run folder, a .safetensors or an .onnx file"
+            f"{path} is not a model: name a run folder, a .safetensors, .onnx, .pth or .pt file"
         )
     return path
 
@@ -71,22 +72,52 @@ def load_backbone(
     mean: float = 127.5,
     std: float = 127.5,
     fold: bool = True,
+    network: str | None = None,
 ) -> torch.nn.Module:
     """A trained network in eval mode: float32 (N, 3, 112, 112) in [-1, 1] -> float32 (N, E).
 
     Its `metadata`, text to text, is what its file says about it: architecture, input, threshold.
     `mean` and `std` are those of a foreign .onnx, in pixels; ours says its own. With `fold`, BNs
-    are folded into convolutions: faster, and the same but for rounding (see folding.py).
-    Raises InputError: not there, damaged, or not a model.
+    are folded into convolutions: faster, and the same but for rounding (see folding.py). `network`
+    is that of a .pth, where its keys do not tell. Raises InputError: not there, damaged, no model.
     """
     file = model_file(Path(path))
     if file.suffix == ".onnx":
         return OnnxBackbone(file, mean, std)
-    state, metadata = load_weights(file)
+    state, metadata = read_weights(file, network)
+    if file.suffix in foreign_weights.SUFFIXES and network is None:
+        print(f"{file}: by its keys {described(metadata)}", file=sys.stderr)
+    model = create(metadata, file)
+    load_state(model, state, file, "name the --network that it holds, or another file")
+    if fold:
+        model = folding.fold(model)
+    model.metadata = metadata
+    return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+def read_weights(
+    file: Path, network: str | None = None
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """State dict and metadata of a .safetensors, .pth or .pt. `network` as in load_backbone."""
+    if file.suffix in foreign_weights.SUFFIXES:
+        return foreign_weights.load(file, network)
+    return load_weights(file)
+
+
+def described(metadata: dict[str, str]) -> str:
+    """The network of a file's metadata in words, for people."""
+    network, width, size = (
+        metadata.get(key, "unknown") for key in ("network", "width", "embedding_size")
+    )
+    return f"{network}, width {width}, embedding size {size}"
+
+
+def create(metadata: dict[str, str], file: Path) -> torch.nn.Module:
+    """The network that a file says it holds, with fresh weights."""
     try:
         if not (float(metadata["width"]) <= 16 and int(metadata["embedding_size"]) <= 1 << 16):
             raise ValueError("no network is that large")
-        model = models.create(
+        return models.create(
             metadata["network"],
             embedding_size=int(metadata["embedding_size"]),
             width=float(metadata["width"]),
@@ -96,11 +127,6 @@ def load_backbone(
             f"{file} does not say which network it holds ({error}): "
             "name a .safetensors that train.py wrote"
         ) from error
-    load_state(model, state, file)
-    if fold:
-        model = folding.fold(model)
-    model.metadata = metadata
-    return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
 class OnnxBackbone(torch.nn.Module):
@@ -132,7 +158,24 @@ class OnnxBackbone(torch.nn.Module):
         shape = self.input.shape
         if len(shape) != 4 or shape[1] != 3 or shape[2:] != [112, 112]:
             raise InputError(f"{file} takes {shape}, not (N, 3, 112, 112) faces: name another file")
+        mean, std = self._normalisation(mean, std)
         self.scale, self.shift = 127.5 / std, (127.5 - mean) / std
+
+    def _normalisation(self, mean: float, std: float) -> tuple[float, float]:
+        """What the file says itself, as export_onnx.py writes it; else what was given."""
+        said = [self.metadata.get(key) for key in ("input_mean", "input_std")]
+        if None in said:
+            return mean, std
+        try:
+            mean, std = float(said[0]), float(said[1])
+            if not (abs(mean) < 1e6 and 0 < std < 1e6):
+                raise ValueError
+        except ValueError:
+            raise InputError(
+                f"{self.file} names no usable input_mean and input_std ({' and '.join(said)}): "
+                "export it anew"
+            ) from None
+        return mean, std
 
     def forward(self, batch: torch.Tensor) -> torch.Tensor:
         pixels = (batch * self.scale + self.shift).cpu().numpy()  # (N, 3, 112, 112)
