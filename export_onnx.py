@@ -94,13 +94,11 @@ def complete(metadata: dict[str, str]) -> dict[str, str]:
 
 
 def place(options: ExportOptions, source: Path, network: str) -> tuple[Path, str]:
-    """The folder, and the files' name: it tells from the run, so that reports get own folders."""
+    """The folder, and the files' name: not the run's, so that lfw_eval.py's reports differ, too."""
     of_run = source.name == checkpoint.BEST
     home = source.parent if of_run else config.RUNS / source.stem
     stem = source.resolve().parent.name if of_run else source.stem
-    name = options.name
-    if name is None:
-        name = stem if network in stem.split("-") or stem.endswith(network) else f"{stem}-{network}"
+    name = options.name if options.name is not None else f"{stem}-{network}"
     if not name.isprintable() or set(name) & set("/\\") or name.startswith((".", "-")) or not name:
         raise InputError(f"{name!r} is no plain name of a file: choose another with --name")
     return options.out or home / "export", name

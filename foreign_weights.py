@@ -56,13 +56,19 @@ def _load(file: Path) -> object:
     except (MemoryError, OSError):  # the machine's fault, not the file's
         raise
     except Exception as error:  # torch.load raises five kinds for a file that is not one
-        lines = (line.strip() for line in str(error).splitlines())
-        named = re.search(r"GLOBAL (\S+)|Unsupported (?:global|operand)\D*?([\w.]+)", str(error))
-        said = named[0] if named else next((line for line in lines if line), type(error).__name__)
         raise InputError(
-            f"{file} is no plain state dict ({said[:120]}): name one that holds tensors alone, as "
-            "torch.save(model.state_dict(), path) writes it"
+            f"{file} is no plain state dict ({_reason(error)}): name one that holds tensors alone, "
+            "as torch.save(model.state_dict(), path) writes it"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """What torch.load's long texts come down to."""
+    if named := re.search(r"GLOBAL (\S+) was not", str(error)):
+        return f"it asks for {named[1][:80]}, which is code"
+    if "TorchScript" in str(error):
+        return "a TorchScript archive"
+    return "it is cut off or empty" if isinstance(error, EOFError) else "no file of torch.save"
 
 
 def plain(saved: object, file: Path) -> dict[str, Tensor]:

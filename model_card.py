@@ -51,15 +51,15 @@ def text(
         "",
         *advice(metadata),
     ]
-    return "\n".join(part for part in parts) + "\n"
+    return "\n".join(parts) + "\n"
 
 
 def about(metadata: dict[str, str], network: nn.Module) -> str:
     millions = models.count_parameters(network) / 1e6
     return (
         f"\nFace embeddings: {metadata['network']}, width {metadata['width']}, {millions:.2f} M "
-        f"parameters.\nIn: float32 (N, 3, 112, 112), {metadata['input']}, faces aligned by five "
-        "landmarks as this repo's\n`pre_process.py` does it. Out: float32 (N, "
+        f"parameters.\n\nIn: float32 (N, 3, 112, 112), {cell(metadata['input'])},\nfaces aligned by "
+        "five landmarks as this repo's `pre_process.py` does it.\nOut: float32 (N, "
         f"{metadata['embedding_size']}), not normalised; compare by the angle between two.\n"
     )
 
@@ -72,18 +72,20 @@ def training(metadata: dict[str, str], trained: dict, result: dict) -> list[str]
             "protocol are unknown here: ask whoever published it, also about the licence."
         ]
     options = trained.get("options", {})
+    origin = metadata.get("init", "random weights" if options else UNKNOWN)
     lines = [
         f"- data: {folder(options.get('data'))}, {count(metadata, 'photos')} photos of "
         f"{count(metadata, 'identities')} identities in training; where they come from, and "
         "whether the people in them were asked, is for whoever publishes this to say",
-        f"- started from: {cell(metadata.get('init', 'random weights'))}"
+        f"- started from: {cell(origin)}"
         + (" (whose training data count, too)" if "init" in metadata else ""),
     ]
     wanted = ("margin", "s", "m", "epochs", "batch_size", "lr", "schedule", "augment", "seed")
     settings = [f"{key} {cell(options[key])}" for key in wanted if key in options]
     lines.append(f"- settings: {', '.join(settings) or UNKNOWN}")
+    steps = cell(result.get("steps", "the run has not finished" if options else UNKNOWN))
     lines.append(
-        f"- steps: {result.get('steps', 'unknown, the run is not finished or its files are gone')}; "
+        f"- steps: {steps}; "
         f"hardware: {cell(trained.get('hardware', UNKNOWN))}; precision: "
         f"{cell(trained.get('precision', UNKNOWN))}; torch {cell(trained.get('torch', UNKNOWN))}"
     )
@@ -127,13 +129,12 @@ def tests(home: Path, digest: str) -> list[str]:
             rows.append(row(found))
         except (KeyError, TypeError, ValueError):  # of another version, or damaged
             other.append(path.parent.name)
+    note = ""
     if other:
-        rows_of_others = ", ".join(cell(name) for name in other)
-        note = f"\nNot cited, since they are of other weights or unreadable: {rows_of_others}."
-    else:
-        note = ""
+        names = ", ".join(cell(name) for name in other)
+        note = f" Reports not cited, as they are of other weights or unreadable: {names}."
     if not rows:
-        return [f"- test sets (LFW and others): not measured{note}"]
+        return [f"- test sets (LFW and others): not measured.{note}"]
     head = [
         "| test | pairs | accuracy | threshold chosen on | TAR@FAR=1e-3 |",
         "|---|---|---|---|---|",
@@ -159,6 +160,7 @@ def advice(metadata: dict[str, str]) -> list[str]:
     return [
         "## Limits",
         "- Errors by age, sex, skin colour, pose, picture quality and camera were not measured.",
+        "- Whether people of a test set are among those trained on is not looked at here.",
         "- Nothing here tells a photo of a photo, a mask or a generated face from a person.",
         "- Faces must be found and aligned first; what fails there is in no figure above.",
         "- Embeddings are biometric data: faces can be told, and partly drawn again, from them.",
@@ -167,8 +169,8 @@ def advice(metadata: dict[str, str]) -> list[str]:
         "Research on face verification, and measuring such systems, with photos that may be used.",
         "",
         "Not for: deciding alone about anybody's access, money, work, freedom or rights; watching",
-        "people who have not been asked or cannot refuse; guessing traits such as origin, health or",
-        "character. Do not deploy it before its errors on the people concerned are measured.",
+        "people who have not been asked or cannot refuse; guessing traits such as origin, health",
+        "or character. Do not deploy it before its errors on the people concerned are measured.",
         *(["", "The licence and terms of the original weights apply."] if foreign else []),
     ]
 
