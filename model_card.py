@@ -39,7 +39,7 @@ def text(
             for file, data in files.items()
         ),
         f"- made from a file with sha256 `{sha256(source)}`; the ONNX graph agrees with PyTorch to "
-        "a cosine of 0.99999 or better on noise",
+        "a cosine of 0.99999 or better on drawn patterns",
         "",
         "## Training data and protocol",
         *training(metadata, trained, result),
@@ -58,8 +58,8 @@ def about(metadata: dict[str, str], network: nn.Module) -> str:
     millions = models.count_parameters(network) / 1e6
     return (
         f"\nFace embeddings: {metadata['network']}, width {metadata['width']}, {millions:.2f} M "
-        f"parameters.\n\nIn: float32 (N, 3, 112, 112), {cell(metadata['input'])},\nfaces aligned by "
-        "five landmarks as this repo's `pre_process.py` does it.\nOut: float32 (N, "
+        f"parameters.\n\nIn: float32 (N, 3, 112, 112), {cell(metadata['input'])},\nfaces aligned "
+        "by five landmarks as this repo's `pre_process.py` does it.\nOut: float32 (N, "
         f"{metadata['embedding_size']}), not normalised; compare by the angle between two.\n"
     )
 
@@ -71,7 +71,8 @@ def training(metadata: dict[str, str], trained: dict, result: dict) -> list[str]
             f"Trained by others, taken in from `{cell(metadata['source'])}`. Its training data and "
             "protocol are unknown here: ask whoever published it, also about the licence."
         ]
-    options = trained.get("options", {})
+    options = trained.get("options")
+    options = options if isinstance(options, dict) else {}
     origin = metadata.get("init", "random weights" if options else UNKNOWN)
     lines = [
         f"- data: {folder(options.get('data'))}, {count(metadata, 'photos')} photos of "
@@ -112,8 +113,8 @@ def validation(metadata: dict[str, str]) -> list[str]:
     return [
         *lines,
         f"- threshold: {degrees:.2f} degrees, below which two photos are taken for one person. It "
-        f"accepted {far:g} of {pairs} impostor pairs of held-out people; other people, cameras and "
-        "ages give other rates",
+        f"accepted {100 * far:g} % of {pairs} impostor pairs of the validation; other people, "
+        "cameras and ages give other rates",
     ]
 
 
