@@ -213,19 +213,17 @@ def load_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         ) from error
 
 
-def load_state(
-    module: torch.nn.Module,
-    state: dict[str, torch.Tensor],
-    source: Path,
-    fix: str = "use the --network, --width and --embedding-size of the file",
-) -> None:
+def load_state(module: torch.nn.Module, state: dict[str, torch.Tensor], source: Path) -> None:
     """Strict load. Raises InputError as check_state does."""
-    check_state(module, state, source, fix)
+    check_state(module, state, source)
     module.load_state_dict(state)
 
 
 def check_state(
-    module: torch.nn.Module, state: dict[str, torch.Tensor], source: Path, fix: str
+    module: torch.nn.Module,
+    state: dict[str, torch.Tensor],
+    source: Path,
+    fix: str = "use the --network, --width and --embedding-size of the file",
 ) -> None:
     """Raises InputError that lists the first five keys and shapes that do not fit."""
     own = module.state_dict()

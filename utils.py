@@ -21,7 +21,7 @@ from tqdm import tqdm
 import folding
 import foreign_weights
 import models
-from checkpoint import BEST, load_state, load_weights
+from checkpoint import BEST, check_state, load_weights
 from config import ROOT, InputError
 
 
@@ -87,8 +87,11 @@ def load_backbone(
     state, metadata = read_weights(file, network)
     if file.suffix in foreign_weights.SUFFIXES and network is None:
         print(f"{file}: by its keys {described(metadata)}", file=sys.stderr)
+    with torch.device("meta"):  # shapes alone: a file that claims more than it holds takes nothing
+        fix = "name the --network that it holds, or another file"
+        check_state(create(metadata, file), state, file, fix)
     model = create(metadata, file)
-    load_state(model, state, file, "name the --network that it holds, or another file")
+    model.load_state_dict(state)
     if fold:
         model = folding.fold(model)
     model.metadata = metadata

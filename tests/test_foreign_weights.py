@@ -132,6 +132,21 @@ def test_row26_another_network_is_refused_with_the_first_keys(network, tmp_path)
     assert "conv1.weight: (3, 3) in the file, (16, 3, 3, 3) in the network" in said
 
 
+def test_a_file_that_claims_a_huge_network_takes_no_memory(network, tmp_path, monkeypatch):
+    state = network.state_dict()
+    state["layer4.0.conv2.weight"] = torch.zeros(1).expand(8000, 1, 1, 1)  # four bytes in the file
+    file = save(tmp_path / "a.pth", state)
+    real, made = models.create, []
+
+    def create(*arguments, **words):
+        made.append(real(*arguments, **words))
+        return made[-1]
+
+    monkeypatch.setattr(models, "create", create)
+    assert "(1000, 3, 3, 3) in the network" in refused(file)
+    assert [model.conv1.weight.device.type for model in made] == ["meta"]
+
+
 class Evil:
     def __reduce__(self):
         return builtins.open, ("canary", "w")
