@@ -103,7 +103,7 @@ def validation(metadata: dict[str, str]) -> list[str]:
     lines = ["- validation: not measured"]
     if accuracy is not None:
         lines = [
-            f"- validation: {accuracy:.2%} of pairs of people held out of training, or of pairs "
+            f"- validation: {100 * accuracy:.2f} % of pairs of people held out of training, or of pairs "
             "given for it. The weights are the best epoch by this figure, which flatters it"
         ]
     degrees, far = (number(metadata.get(f"threshold_{key}")) for key in ("degrees", "far"))
@@ -151,8 +151,8 @@ def row(found: dict) -> str:
     tar = found["tar_at_far"]["1e-3"]
     return (
         f"| {named}{', crop + mirror image' if found['flip'] else ', one crop'} "
-        f"| {pairs['scored']:,} | {accuracy['mean']:.2%} ± {100 * accuracy['std']:.2f} "
-        f"| the other {folds - 1} folds | {'not measured' if tar is None else f'{tar:.1%}'} |"
+        f"| {pairs['scored']:,} | {100 * accuracy['mean']:.2f} % ± {100 * accuracy['std']:.2f} "
+        f"| the other {folds - 1} folds | {'not measured' if tar is None else f'{100 * tar:.1f} %'} |"
     )
 
 

@@ -252,7 +252,7 @@ def test_the_card_says_what_is_known(run):
     said = card(run)
     assert "27 identities" in said and "1,620 photos" in said and "steps: 75" in said
     assert "`faces`" in said and "somebody" not in said  # where the data lie is nobody's business
-    assert "81.25%" in said and "71.25 degrees" in said and "0.1 % of 12,000 impostor" in said
+    assert "81.25 %" in said and "71.25 degrees" in said and "0.1 % of 12,000 impostor" in said
     assert "epochs 3" in said and "abc1234" in said and "started from: random weights" in said
     assert "test sets (LFW and others): not measured" in said and "Not for:" in said
     assert checkpoint.sha256(run / checkpoint.BEST) in said
@@ -270,8 +270,8 @@ def test_figures_come_from_reports_on_these_weights_alone(tmp_path):
     assert "80.57" not in said
     report(run, "demo", digest)
     said = card(run)
-    assert "| a\\|b, pairs.txt, crop + mirror image | 6,000 | 80.57% ± 2.22 " in said
-    assert "| the other 9 folds | 26.4% |" in said and "View 2" not in said
+    assert "| a\\|b, pairs.txt, crop + mirror image | 6,000 | 80.57 % ± 2.22 " in said
+    assert "| the other 9 folds | 26.4 % |" in said and "View 2" not in said
     report(run, "lfw", digest, LFW_PAIRS[0].sha256)
     assert "| LFW, View 2, crop" in card(run)
 
