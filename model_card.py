@@ -103,8 +103,8 @@ def validation(metadata: dict[str, str]) -> list[str]:
     lines = ["- validation: not measured"]
     if accuracy is not None:
         lines = [
-            f"- validation: {100 * accuracy:.2f} % of pairs of people held out of training, or of pairs "
-            "given for it. The weights are the best epoch by this figure, which flatters it"
+            f"- validation: {100 * accuracy:.2f} % of pairs of people held out of training, or of "
+            "pairs given for it. The weights are the best epoch by this figure, which flatters it"
         ]
     degrees, far = (number(metadata.get(f"threshold_{key}")) for key in ("degrees", "far"))
     if degrees is None or far is None:
@@ -149,10 +149,11 @@ def row(found: dict) -> str:
     named = "LFW, View 2" if view_2 else f"{cell(data['set'])}, {cell(data['pairs'])}"
     folds = len(accuracy["per_fold"])
     tar = found["tar_at_far"]["1e-3"]
+    tar = "not measured" if tar is None else f"{100 * tar:.1f} %"
     return (
         f"| {named}{', crop + mirror image' if found['flip'] else ', one crop'} "
         f"| {pairs['scored']:,} | {100 * accuracy['mean']:.2f} % ± {100 * accuracy['std']:.2f} "
-        f"| the other {folds - 1} folds | {'not measured' if tar is None else f'{100 * tar:.1f} %'} |"
+        f"| the other {folds - 1} folds | {tar} |"
     )
 
 
