@@ -175,14 +175,19 @@ def load_checkpoint(
 
 def save_weights(path: Path, state: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
     """Weights with their metadata, atomically; the hash goes into the folder's checksums.json."""
-    tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-    data = _sorted_header(safetensors.torch.save(tensors, metadata))
+    data = weights_bytes(state, metadata)
     hashes = _read_hashes(path.parent)
     new = [hashlib.sha256(data).hexdigest()]
     pending = hashes.get(path.name, []) + new
     write_json(path.parent / CHECKSUMS, {**hashes, path.name: pending})
     write_atomic(path, data)
     write_json(path.parent / CHECKSUMS, {**hashes, path.name: new})
+
+
+def weights_bytes(state: dict[str, torch.Tensor], metadata: dict[str, str]) -> bytes:
+    """Content of a .safetensors; equal weights and metadata give equal bytes."""
+    tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    return _sorted_header(safetensors.torch.save(tensors, metadata))
 
 
 def _sorted_header(data: bytes) -> bytes:
@@ -209,7 +214,18 @@ def load_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 
 
 def load_state(module: torch.nn.Module, state: dict[str, torch.Tensor], source: Path) -> None:
-    """Strict load; raises InputError that lists the first five keys and shapes that do not fit."""
+    """Strict load. Raises InputError as check_state does."""
+    check_state(module, state, source)
+    module.load_state_dict(state)
+
+
+def check_state(
+    module: torch.nn.Module,
+    state: dict[str, torch.Tensor],
+    source: Path,
+    fix: str = "use the --network, --width and --embedding-size of the file",
+) -> None:
+    """Raises InputError that lists the first five keys and shapes that do not fit."""
     own = module.state_dict()
     wrong = [f"{key}: missing in the file" for key in own if key not in state]
     wrong += [f"{key}: not in the network" for key in state if key not in own]
@@ -221,9 +237,8 @@ def load_state(module: torch.nn.Module, state: dict[str, torch.Tensor], source: 
     if wrong:
         raise InputError(
             f"{source} holds another network, {len(wrong)} keys do not fit: "
-            f"{'; '.join(wrong[:5])}: use the --network, --width and --embedding-size of the file"
+            f"{'; '.join(wrong[:5])}: {fix}"
         )
-    module.load_state_dict(state)
 
 
 def _write_temporary(path: Path, write: bytes | Callable[[BinaryIO], object]) -> Path:

@@ -146,6 +146,10 @@ class TrainOptions:
     dropout: float = option(
         0.0, "before the last linear layer; 0.4 helps on small sets", low=0, high=0.95
     )
+    init: Path | None = option(
+        None,
+        "start a fine-tuning from these weights (run folder, .safetensors, .pth); the head is new",
+    )
 
     head: str = option(
         "dense",
@@ -249,6 +253,25 @@ class TrainOptions:
 
 
 @dataclass(frozen=True)
+class ExportOptions:
+    model: Path | None = option(
+        None,
+        "run folder, .safetensors, or .pth of others (default: the run that train.py makes by "
+        "default)",
+    )
+    network: str | None = option(
+        None, "that a .pth holds (default: told by its keys)", choices=NETWORKS
+    )
+    out: Path | None = option(
+        None, "folder of what is written (default: runs/<run>/export, or runs/<file>/export)"
+    )
+    name: str | None = option(
+        None, "of the files, without suffix (default: that of the run or file, and the network)"
+    )
+    threads: int = option(0, "CPU threads, 0 = torch's default", low=0)
+
+
+@dataclass(frozen=True)
 class EvalOptions:
     data: Path | None = option(
         None, "prepared folder of the test photos (default: data/lfw, or data/synthetic/test)"
@@ -260,7 +283,7 @@ class EvalOptions:
     )
     model: tuple[Path, ...] | None = option(
         None,
-        "run folder, .safetensors or .onnx; several are compared "
+        "run folder, .safetensors, .onnx, or .pth of others; several are compared "
         "(default: the run that train.py makes by default)",
     )
     out: Path | None = option(
@@ -272,10 +295,14 @@ class EvalOptions:
         1000, "resamples of the pairs behind the confidence intervals; 0 = none", low=0
     )
     batch_size: int = option(64, "crops embedded together", low=1)
-    input_mean: float = option(
-        127.5,
-        "subtracted from pixels; for a foreign ONNX file that names nothing",
+    network: str | None = option(
+        None,
+        "that a .pth holds (default: told by its keys)",
+        choices=NETWORKS,
         group="foreign model",
+    )
+    input_mean: float = option(
+        127.5, "subtracted from pixels; for a foreign ONNX file that names nothing"
     )
     input_std: float = option(127.5, "divides them then", above=0)
     device: str = option("auto", "auto, cpu, cuda or cuda:N", group="run")

@@ -56,7 +56,9 @@ def embed_set(
     ]
     seconds = 0.0
     if missing:
-        network = utils.load_backbone(model, device, options.input_mean, options.input_std)
+        network = utils.load_backbone(
+            model, device, options.input_mean, options.input_std, network=options.network
+        )
         if hash_model(model_file) != model_hash:
             raise InputError(f"{model_file} changed while it was read: run again")
         make_folder(out)  # only now: another kind of file leaves nothing behind
@@ -99,6 +101,7 @@ class Cache:
         # Cards, versions and batch sizes round differently.
         where = [device.type, torch.__version__, options.batch_size]
         how = [options.flip, options.input_mean, options.input_std]
+        how += [options.network] * (options.network is not None)  # older caches stay good
         self.key = json.dumps([VERSION, model_hash, *how, *where])
         self.rows: dict[str, np.ndarray] = {}
         try:

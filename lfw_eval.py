@@ -12,6 +12,7 @@ On a verification set of InsightFace, whose crops are in the file:
 
 With a foreign network (the report then goes to runs/<file name>/lfw), or several to compare:
     python lfw_eval.py --data data/lfw --pairs path/to/pairs.txt --model runs/first other.onnx
+    python lfw_eval.py --data data/lfw --pairs path/to/pairs.txt --model backbone.pth --network r50
 
 A list of pairs is LFW's pairs.txt, or lines of path<TAB>path<TAB>label with an optional fold.
 Of each model: report.html, with all numbers and every wrongly judged pair, eval.json (the same
@@ -38,6 +39,7 @@ import torch
 
 import comparison
 import embeddings
+import foreign_weights
 import plots
 import report
 import scores
@@ -66,7 +68,9 @@ def main(options: config.EvalOptions) -> None:
     tests = verification_set.load(options.data, options.pairs)
     models = name_models(options, tests)
     for model in models[1:]:  # what can't be loaded is told before the first one is evaluated
-        utils.load_backbone(model.given, device, options.input_mean, options.input_std)
+        utils.load_backbone(
+            model.given, device, options.input_mean, options.input_std, network=options.network
+        )
     judged, runs = [], []
     for model in models:
         said, run = evaluate(model, tests, options, device)
@@ -148,6 +152,8 @@ def with_defaults(options: config.EvalOptions) -> config.EvalOptions:
     normal = (options.input_mean, options.input_std) == (127.5, 127.5)
     if not normal and not any(path.suffix == ".onnx" for path in model):
         raise InputError("--input-mean and --input-std are for an .onnx: our models say their own")
+    if options.network and not any(path.suffix in foreign_weights.SUFFIXES for path in model):
+        raise InputError("--network is for a .pth or .pt: our models say which one they are")
     if packed:
         return dataclasses.replace(options, model=model)
     if not data.is_dir():

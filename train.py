@@ -5,6 +5,7 @@
     python train.py --data data/faces --recipe small-cpu             # 2 CPU cores
     python train.py --data data/casia --recipe casia-r50             # one GPU
     python train.py --data data/faces --name first --resume          # go on where it stopped
+    python train.py --data data/faces --network r50 --init backbone.pth --lr 0.01  # fine-tune it
     torchrun --nproc-per-node 8 train.py --data data/ms1m --recipe ms1m-r100      # eight GPUs
     torchrun --nproc-per-node 2 --max-restarts 3 train.py --data data/faces --device cpu
     tensorboard --logdir runs
@@ -94,8 +95,11 @@ def main(options: TrainOptions) -> int:
     torch.backends.cudnn.benchmark = True  # all batches have one shape
     amp = pick_amp(options.amp, device)
     run = options.runs / options.name
-    if open_run(run, options) == "finished":
+    state = open_run(run, options)
+    if state == "finished":
         return 0
+    if state == "new" and options.init:
+        training_state.initial_weights(options)  # refused now, before the data are read
 
     # ---- data
     if distributed.local_rank():
@@ -159,6 +163,9 @@ def train(
         training_state.restore(saved, net, run)
         step, best = saved["step"], saved["best"]
         distributed.say(f"going on from step {step}")
+    elif options.init:
+        net.backbone.load_state_dict(training_state.initial_weights(options))
+        distributed.say(f"backbone from {options.init}, the head is new")
     sampler = data_gen.RunSampler(
         len(faces), options.batch_size, options.epochs, options.seed, step,
         distributed.rank(), distributed.ranks(),

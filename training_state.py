@@ -16,6 +16,7 @@ import checkpoint
 import config
 import data_gen
 import distributed
+import models
 import utils
 from config import InputError, TrainOptions
 from sharded_head import ShardedHead
@@ -149,6 +150,28 @@ def restore(saved: dict, net: Net, run: Path) -> None:
         torch.cuda.set_rng_state(saved["rng_cuda"][rank].clone(), net.device)
 
 
+def initial_weights(options: TrainOptions) -> dict[str, Tensor]:
+    """The backbone that --init names, for a run that has no checkpoint yet.
+
+    Raises InputError: no weights to train, or of another network, width or embedding size.
+    """
+    file = utils.model_file(options.init)
+    if file.suffix == ".onnx":
+        raise InputError(
+            f"--init {file}: an .onnx holds a graph, no weights to train; name a run folder, a "
+            ".safetensors, .pth or .pt"
+        )
+    state, metadata = utils.read_weights(file)
+    with torch.device("meta"):  # shapes alone
+        network = models.create(
+            options.network, options.embedding_size, options.dropout, options.width
+        )
+    checkpoint.check_state(
+        network, state, file, f"--init takes its --network and sizes ({utils.described(metadata)})"
+    )
+    return state
+
+
 def load_centres(run: Path, parts: dict[str, str], head: ShardedHead) -> Tensor | None:
     """This rank's centres from the parts that hold them -> their momentum, if there is any yet."""
     momentum = None
@@ -193,6 +216,8 @@ def save_best(
         "validation_accuracy": f"{score.accuracy:.6f}",
         "commit": utils.commit(),
     }
+    if options.init:  # other data have gone into them, too
+        metadata["init"] = "/".join(Path(config.canonical(options.init)).parts[-2:])
     if score.threshold is not None:  # what verify.py decides by
         metadata |= {
             "threshold_degrees": f"{score.threshold:.4f}",

@@ -1,7 +1,7 @@
 """What the scripts share: loading a backbone, embedding crops, devices, progress.
 
 from utils import embed, load_backbone
-model = load_backbone("runs/first")        # or a .safetensors, or an .onnx
+model = load_backbone("runs/first")        # or a .safetensors, .onnx, .pth of others
 embeddings = embed(model, crops)           # uint8 (N, 112, 112, 3) RGB -> float32 (N, E)
 """
 
@@ -19,9 +19,11 @@ import torch
 from tqdm import tqdm
 
 import folding
+import foreign_weights
 import models
-from checkpoint import BEST, load_state, load_weights
+from checkpoint import BEST, check_state, load_weights
 from config import ROOT, InputError
+from onnx_backbone import OnnxBackbone
 
 
 def to_batch(crops: np.ndarray | torch.Tensor, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -49,7 +51,7 @@ def embed(model: torch.nn.Module, crops: np.ndarray, flip: bool = True) -> np.nd
 
 
 def model_file(path: Path) -> Path:
-    """A run folder, .safetensors or .onnx -> the file that holds the weights."""
+    """A run folder, .safetensors, .onnx, .pth or .pt -> the file that holds the weights."""
     path = Path(path)
     if not path.exists():
         raise InputError(f"{path} is not there: train a model first (python train.py), or name one")
@@ -58,9 +60,9 @@ def model_file(path: Path) -> Path:
         if not best.exists():
             raise InputError(f"{path} holds no {BEST}: name the folder of a run that has validated")
         return best
-    if path.suffix not in (".safetensors", ".onnx"):
+    if path.suffix not in (".safetensors", ".onnx", *foreign_weights.SUFFIXES):
         raise InputError(
-            f"{path} is not a model: name a run folder, a .safetensors or an .onnx file"
+            f"{path} is not a model: name a run folder, a .safetensors, .onnx, .pth or .pt file"
         )
     return path
 
@@ -71,22 +73,55 @@ def load_backbone(
     mean: float = 127.5,
     std: float = 127.5,
     fold: bool = True,
+    network: str | None = None,
 ) -> torch.nn.Module:
     """A trained network in eval mode: float32 (N, 3, 112, 112) in [-1, 1] -> float32 (N, E).
 
     Its `metadata`, text to text, is what its file says about it: architecture, input, threshold.
     `mean` and `std` are those of a foreign .onnx, in pixels; ours says its own. With `fold`, BNs
-    are folded into convolutions: faster, and the same but for rounding (see folding.py).
-    Raises InputError: not there, damaged, or not a model.
+    are folded into convolutions: faster, and the same but for rounding (see folding.py). `network`
+    is that of a .pth, where its keys do not tell. Raises InputError: not there, damaged, no model.
     """
     file = model_file(Path(path))
     if file.suffix == ".onnx":
         return OnnxBackbone(file, mean, std)
-    state, metadata = load_weights(file)
+    state, metadata = read_weights(file, network)
+    if file.suffix in foreign_weights.SUFFIXES and network is None:
+        print(f"{file}: by its keys {described(metadata)}", file=sys.stderr)
+    with torch.device("meta"):  # shapes alone: a file that claims more than it holds takes nothing
+        fix = "name the --network that it holds, or another file"
+        check_state(create(metadata, file), state, file, fix)
+    model = create(metadata, file)
+    model.load_state_dict(state)
+    if fold:
+        model = folding.fold(model)
+    model.metadata = metadata
+    return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+def read_weights(
+    file: Path, network: str | None = None
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """State dict and metadata of a .safetensors, .pth or .pt. `network` as in load_backbone."""
+    if file.suffix in foreign_weights.SUFFIXES:
+        return foreign_weights.load(file, network)
+    return load_weights(file)
+
+
+def described(metadata: dict[str, str]) -> str:
+    """The network of a file's metadata in words, for people."""
+    network, width, size = (
+        metadata.get(key, "unknown") for key in ("network", "width", "embedding_size")
+    )
+    return f"{network}, width {width}, embedding size {size}"
+
+
+def create(metadata: dict[str, str], file: Path) -> torch.nn.Module:
+    """The network that a file says it holds, with fresh weights."""
     try:
         if not (float(metadata["width"]) <= 16 and int(metadata["embedding_size"]) <= 1 << 16):
             raise ValueError("no network is that large")
-        model = models.create(
+        return models.create(
             metadata["network"],
             embedding_size=int(metadata["embedding_size"]),
             width=float(metadata["width"]),
@@ -96,70 +131,6 @@ def load_backbone(
             f"{file} does not say which network it holds ({error}): "
             "name a .safetensors that train.py wrote"
         ) from error
-    load_state(model, state, file)
-    if fold:
-        model = folding.fold(model)
-    model.metadata = metadata
-    return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-
-
-class OnnxBackbone(torch.nn.Module):
-    """An ONNX network behind the interface of ours; a graph of fixed batch 1 is run in a loop."""
-
-    def __init__(self, file: Path, mean: float = 127.5, std: float = 127.5):
-        super().__init__()
-        self.file = file
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise InputError(f"{file} needs onnxruntime: pip install onnxruntime") from error
-        settings = onnxruntime.SessionOptions()
-        settings.log_severity_level = 3
-        settings.intra_op_num_threads = torch.get_num_threads()
-        try:
-            self.session = onnxruntime.InferenceSession(
-                str(file), settings, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # onnxruntime raises a dozen kinds, none of them public
-            line = str(error).splitlines()[0][:120]
-            raise InputError(
-                f"{file} is not an ONNX network ({line}): name another file"
-            ) from error
-        self.input = self.session.get_inputs()[0]
-        self.metadata = self.session.get_modelmeta().custom_metadata_map
-        if self.input.type != "tensor(float)":
-            raise InputError(f"{file} takes {self.input.type}, not float32: name another file")
-        shape = self.input.shape
-        if len(shape) != 4 or shape[1] != 3 or shape[2:] != [112, 112]:
-            raise InputError(f"{file} takes {shape}, not (N, 3, 112, 112) faces: name another file")
-        self.scale, self.shift = 127.5 / std, (127.5 - mean) / std
-
-    def forward(self, batch: torch.Tensor) -> torch.Tensor:
-        pixels = (batch * self.scale + self.shift).cpu().numpy()  # (N, 3, 112, 112)
-        fixed = self.input.shape[0]
-        size = fixed if isinstance(fixed, int) and fixed > 0 else len(pixels)
-        return torch.from_numpy(
-            np.concatenate([self._run(part, size) for part in _parts(pixels, size)])
-        )
-
-    def _run(self, part: np.ndarray, size: int) -> np.ndarray:
-        missing = size - len(part)  # of the last part, where the graph's batch is fixed above 1
-        padded = np.pad(part, ((0, missing), (0, 0), (0, 0), (0, 0))) if missing else part
-        try:
-            found = self.session.run(None, {self.input.name: padded})[0]  # (size, E)
-        except Exception as error:  # onnxruntime raises a dozen kinds, none of them public
-            line = str(error).splitlines()[0][:120]
-            raise InputError(f"{self.file} fails on a batch of {size} ({line})") from error
-        if found.ndim != 2 or len(found) != size:
-            raise InputError(
-                f"{self.file} gives {found.shape} for {size} crops, not ({size}, E): "
-                "name a network whose first output is the embedding"
-            )
-        return found[: len(part)]
-
-
-def _parts(array: np.ndarray, size: int) -> list[np.ndarray]:
-    return [array[start : start + size] for start in range(0, len(array), size)]
 
 
 def pick_device(name: str) -> torch.device:

@@ -214,8 +214,8 @@ def run(options_file: str, stop_at: str, spoil_at: str) -> None:
     train.Stop = StopAt
     training_step.utils.to_batch = spoiled
     words = json.loads(Path(options_file).read_text())
-    for key in ("data", "runs"):
-        words[key] = Path(words[key])
+    for key in ("data", "runs", "init"):
+        words[key] = Path(words[key]) if key in words else None
     config.run(train.main, config.TrainOptions(**words))
 
 

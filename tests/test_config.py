@@ -11,7 +11,7 @@ import pytest
 
 import config
 import models
-from config import EvalOptions, PreProcessOptions, TrainOptions, parse
+from config import EvalOptions, ExportOptions, PreProcessOptions, TrainOptions, parse
 
 
 def refused(capsys, kind, *words: str) -> str:
@@ -95,7 +95,7 @@ def test_the_right_number_of_thresholds(capsys):
 
 
 def test_every_option_has_help_and_is_listed(capsys):
-    for kind in (PreProcessOptions, TrainOptions, EvalOptions):
+    for kind in (PreProcessOptions, TrainOptions, ExportOptions, EvalOptions):
         with pytest.raises(SystemExit) as stop:
             parse(kind, "what it does", ["--help"])
         assert stop.value.code == 0
@@ -108,11 +108,11 @@ def test_every_option_has_help_and_is_listed(capsys):
 def test_the_number_of_options_stays_small():
     assert all(
         len(dataclasses.fields(kind)) <= 50
-        for kind in (PreProcessOptions, TrainOptions, EvalOptions)
+        for kind in (PreProcessOptions, TrainOptions, ExportOptions, EvalOptions)
     )
 
 
-@pytest.mark.parametrize("name", ["pre_process.py", "train.py", "lfw_eval.py"])
+@pytest.mark.parametrize("name", ["pre_process.py", "train.py", "lfw_eval.py", "export_onnx.py"])
 def test_row37_help_and_a_wrong_option_answer_at_once(name):
     for words, code in ((["--help"], 0), (["--bogus"], 2)):
         start = time.perf_counter()

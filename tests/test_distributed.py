@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import checkpoint
+import models
 from conftest import ROOT
 from test_train import TINY, scalars
 
@@ -78,6 +79,24 @@ def equal(one: object, other: object) -> bool:
     if isinstance(one, list):
         return len(one) == len(other) and all(map(equal, one, other))
     return one == other
+
+
+@pytest.mark.slow
+def test_all_ranks_start_a_fine_tuning_from_the_same_weights(job, tmp_path):
+    torch.manual_seed(7)
+    given = models.create("mbf", TINY["embedding_size"], width=TINY["width"]).state_dict()
+    torch.save(given, tmp_path / "given.pth")
+    still = {"lr": 1e-12, "momentum": 0.0, "weight_decay": 0.0, "epochs": 1}
+    done, run = job("r", init=str(tmp_path / "given.pth"), **still)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("given.pth, the head is new") == 1
+    saved, _ = checkpoint.load_checkpoint(run)
+    for key, value in saved["backbone"].items():
+        if "running" not in key and "num_batches" not in key:
+            assert torch.allclose(value, given[key], atol=1e-6), key
+    done, _ = job("other", init=str(tmp_path / "given.pth"), network="r18")
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode != 0 and len(errors) == 1 and "another network" in errors[0]
 
 
 def test_row28_a_nan_on_one_rank_stops_all_before_the_update(job):

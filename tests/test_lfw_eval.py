@@ -276,7 +276,7 @@ def test_row_39_a_network_without_usable_embeddings_gets_no_score(
         def forward(self, batch: torch.Tensor) -> torch.Tensor:
             return torch.full((len(batch), 8), value)
 
-    monkeypatch.setattr(utils, "load_backbone", lambda *_: Broken())
+    monkeypatch.setattr(utils, "load_backbone", lambda *_, **__: Broken())
     assert "no usable embedding" in refuse(options(prepared, out=tmp_path))
     assert not (tmp_path / "eval.json").exists()
 
@@ -287,11 +287,28 @@ def test_row_39_a_network_that_sees_no_difference_is_at_chance(prepared, tmp_pat
         def forward(self, batch: torch.Tensor) -> torch.Tensor:
             return torch.ones(len(batch), 8)
 
-    monkeypatch.setattr(utils, "load_backbone", lambda *_: Constant())
+    monkeypatch.setattr(utils, "load_backbone", lambda *_, **__: Constant())
     lfw_eval.main(options(prepared, out=tmp_path))
     result = json.loads((tmp_path / "eval.json").read_text())
     assert result["accuracy"]["mean"] == result["auc"] == result["eer"] == 0.5
     assert result["d_prime"] is None and (tmp_path / "theta_dist.png").exists()
+
+
+def test_weights_of_others_are_evaluated_and_a_wrong_name_is_refused(prepared, report, tmp_path):
+    state, _ = checkpoint.load_weights(prepared.parent / "run" / checkpoint.BEST)
+    model = tmp_path / "backbone.pth"
+    torch.save({f"module.{key}": value for key, value in state.items()}, model)
+    named = options(prepared, model=model, network="r18", out=tmp_path / "out")
+    lfw_eval.main(named)
+    expected, found = (
+        json.loads((folder / "eval.json").read_text()) for folder in (report, tmp_path / "out")
+    )
+    assert {key: found[key] for key in found if key != "model"} == {
+        key: expected[key] for key in expected if key != "model"
+    }
+    # Not from the embeddings that are kept of the right name either.
+    assert "holds another network" in refuse(dataclasses.replace(named, network="r34"))
+    assert "--network is for a .pth" in refuse(options(prepared, network="r18"))
 
 
 # --- the command line -----------------------------------------------------------------------------

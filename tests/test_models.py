@@ -35,7 +35,7 @@ def _on_meta(network, **options):
 # ---------------------------------------------------------------- parity with the official networks
 
 
-def _fixture_weights(shapes):
+def fixture_weights(shapes):
     """The weights as ../shared/README.md defines them."""
     rng = np.random.default_rng(0)
     weights = {}
@@ -69,7 +69,7 @@ def test_reproduces_the_official_network(depth, memory_format):
     assert {key: list(t.shape) for key, t in net.state_dict().items()} == expected["keys"]
     assert count_parameters(net) == expected["params"]
 
-    net.load_state_dict(_fixture_weights(expected["keys"]))
+    net.load_state_dict(fixture_weights(expected["keys"]))
     batch = np.random.default_rng(1).random((2, 3, 112, 112)) * 2 - 1
     batch = torch.from_numpy(batch.astype(np.float32))
     with torch.inference_mode():

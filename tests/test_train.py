@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -361,6 +362,115 @@ def test_the_heads_of_the_options(options):
     assert head(margin="arcface", m1=1.5, m3=0.2) == (30.0, 0.4, 1.0, 0.0)
     assert head(margin="cosface", m3=0.2) == (30.0, 0.0, 1.0, 0.2)
     assert head(margin="combined", m1=1.5, m3=0.2) == (30.0, 0.4, 1.5, 0.2)
+
+
+# --- fine-tuning ----------------------------------------------------------------------------------
+
+
+def start_from(run: Path, folder: Path, how: str) -> Path:
+    """A run's best weights in each form that --init takes."""
+    if how == "run folder":
+        return run
+    if how == ".safetensors":
+        return Path(shutil.copy(run / "best.safetensors", folder / "weights.safetensors"))
+    state, _ = checkpoint.load_weights(run / "best.safetensors")
+    torch.save({f"module.{key}": value for key, value in state.items()}, folder / "weights.pth")
+    return folder / "weights.pth"
+
+
+@pytest.mark.parametrize("how", ["run folder", ".safetensors", ".pth"])
+def test_init_starts_from_the_given_backbone_and_a_new_head(finished, tmp_path, monkeypatch, how):
+    options, run = finished
+    given = utils.load_backbone(run, fold=False)
+    crops = np.random.default_rng(0).integers(0, 256, (4, 112, 112, 3), dtype=np.uint8)
+    seen = []
+
+    def first_batch(net, batch, step, options):
+        net.backbone.eval()
+        seen.append((utils.embed(net.backbone, crops), net.head.weight.detach().clone(), step))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "backward", first_batch)
+    for init in (start_from(run, tmp_path, how), None):
+        with pytest.raises(KeyboardInterrupt):
+            name = "tuned" if init else "fresh"
+            train.main(dataclasses.replace(options, runs=tmp_path, name=name, init=init))
+    (tuned, head, step), (fresh, other_head, _) = seen
+    assert step == 0 and np.array_equal(tuned, utils.embed(given, crops))
+    assert not np.allclose(tuned, fresh, rtol=0.1)
+    assert torch.equal(head, other_head)  # the seed's, not the run's
+    trained = torch.load(run / "last.pt", weights_only=True)["head"]["weight"]
+    assert not torch.allclose(head, trained, atol=1e-3)
+
+
+@pytest.mark.parametrize("stop_at", [1, 13])
+def test_row21_a_resumed_fine_tuning_needs_no_init_file(finished, tmp_path, monkeypatch, stop_at):
+    options, run = finished
+    init = start_from(run, tmp_path, ".pth")
+    options = dataclasses.replace(options, runs=tmp_path, init=init)
+    assert train.main(dataclasses.replace(options, name="straight")) == 0
+
+    class StopAt(train.Stop):
+        calls = 0
+
+        @property
+        def code(self):
+            type(self).calls += 1
+            return 143 if self.calls >= stop_at else 0
+
+        @code.setter
+        def code(self, value):
+            pass
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "Stop", StopAt)
+        assert train.main(options) == 143
+    init.unlink()
+    words = ["--resume", "--runs", str(tmp_path), "--name", "r", "--threads", "1", "--workers", "0"]
+    resumed = config.parse(TrainOptions, "", words)  # as a person would: --init comes from the run
+    assert resumed.init == init.resolve()
+    assert train.main(resumed) == 0
+    assert same(weights(tmp_path / "r"), weights(tmp_path / "straight"))
+    digests = {checkpoint.sha256(tmp_path / n / "best.safetensors") for n in ("r", "straight")}
+    assert len(digests) == 1
+    assert not same(weights(tmp_path / "r"), weights(run))
+    assert json.loads((tmp_path / "r/config.json").read_text())["options"]["init"] == str(init)
+    metadata = utils.load_backbone(tmp_path / "r").metadata
+    assert metadata["init"] == f"{tmp_path.name}/weights.pth"  # not where somebody keeps it
+    with pytest.raises(InputError, match=r"init .*weights\.pth, now None"):
+        train.main(dataclasses.replace(options, init=None))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"network": "r18"},
+            r"conv1\.weight: missing .*its --network and sizes \(mbf, width 0\.125",
+        ),
+        ({"width": 0.25}, r"in the file, .* in the network.*\(mbf, width 0\.125"),
+        ({"embedding_size": 64}, r"\(32, 64\) in the file, \(64, 64\) .* embedding size 32"),
+        ({"init": Path("nowhere")}, "nowhere is not there"),
+        ({"init": Path("x.onnx")}, "an .onnx holds a graph, no weights to train"),
+        ({"init": Path("x.pth")}, "x.pth is no plain state dict"),
+        ({"init": Path("x.txt")}, "x.txt is not a model"),
+    ],
+    ids=str,
+)
+def test_init_that_does_not_fit_is_refused_before_a_folder_is_made(
+    finished, tmp_path, monkeypatch, change, said
+):
+    options, run = finished
+    monkeypatch.chdir(tmp_path)
+    for name in ("x.onnx", "x.pth", "x.txt"):
+        Path(name).write_text("text")
+    for how in ("run folder", ".pth"):
+        init = start_from(run, tmp_path, how)
+        words = {"runs": tmp_path / "runs", "init": init, **change}
+        with pytest.raises(InputError, match=said) as error:
+            train.main(dataclasses.replace(options, **words))
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.slow

@@ -1,0 +1,181 @@
+"""A trained network as files to hand on: ONNX, .safetensors, sha256 and a model card.
+
+    python export_onnx.py                                        # of the run that train.py makes
+    python export_onnx.py --model runs/first                     # -> runs/first/export
+    python export_onnx.py --model backbone.pth --network r50 --out published
+    python lfw_eval.py --data data/lfw --pairs path/to/pairs.txt --model published/NAME.onnx
+
+Needs two more packages: pip install onnx onnxruntime
+
+Writes into the folder, the same bytes for the same weights and commit:
+    NAME.onnx          float32 (N, 3, 112, 112) RGB, (x - 127.5) / 127.5 -> float32 (N, E), not
+                       normalised; N is free, BN is folded
+    NAME.safetensors   the weights as train.py keeps them, for load_backbone and train.py --init
+    NAME.md            the model card: data, protocol, figures, limits, intended use. What it says
+                       comes from the run's config.json, result.json and reports (eval.json)
+    NAME.sha256        of these three, for sha256sum -c
+Both model files carry the same metadata: network, width, embedding_size, input, commit, threshold.
+The ONNX file is held against PyTorch in onnxruntime before anything is written.
+"""
+
+import config
+
+if __name__ == "__main__":
+    # Before torch is imported: --help and a wrong option answer at once.
+    OPTIONS = config.parse(config.ExportOptions, __doc__)
+
+import hashlib
+import io
+import shlex
+import tempfile
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+import checkpoint
+import embeddings
+import folding
+import foreign_weights
+import model_card
+import utils
+from config import ExportOptions, InputError
+
+OPSET = 17  # onnxruntime >= 1.12 reads it
+LEAST_COSINE = 0.99999  # to PyTorch, of every embedding looked at
+BATCHES = (1, 7)  # looked at
+MOST_BYTES = 2_000_000_000  # protobuf's limit of a file
+
+
+def main(options: ExportOptions) -> None:
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    model = options.model
+    if model is None:
+        model = config.RUNS / ("faces" if config.RAW.is_dir() else "demo")
+        print(f"no --model named: using {model}")
+    source = utils.model_file(model)
+    if source.suffix == ".onnx":
+        raise InputError(f"{source} is an ONNX file already: name a run folder or weights")
+    network = utils.load_backbone(model, fold=False, network=options.network)
+    metadata = complete(network.metadata)
+    out, name = place(options, source, metadata["network"])
+
+    graph = to_onnx(folding.fold(network), metadata)
+    lowest = check(graph, network, source)
+    print(
+        f"cosine to PyTorch at batch {' and '.join(map(str, BATCHES))}: at least "
+        f"{np.floor(lowest * 1e7) / 1e7:.7f}"
+    )
+
+    files = {
+        f"{name}.onnx": graph,
+        f"{name}.safetensors": checkpoint.weights_bytes(network.state_dict(), metadata),
+    }
+    card = model_card.text(name, source, metadata, files, network)
+    write(out, name, {**files, f"{name}.md": card.encode()}, source)
+    command = f"python lfw_eval.py --model {shlex.quote(str(out / name))}.onnx"
+    print(f"{out}: {name}.onnx, .safetensors, .md and .sha256; next: {command}")
+
+
+def complete(metadata: dict[str, str]) -> dict[str, str]:
+    """What a user of the file must know, besides what the weights say about themselves."""
+    return {
+        "input": foreign_weights.INPUT,
+        **metadata,
+        "colour_order": "RGB",
+        "input_mean": "127.5",
+        "input_std": "127.5",
+        "input_size": "112",
+        "export_commit": utils.commit(),
+    }
+
+
+def place(options: ExportOptions, source: Path, network: str) -> tuple[Path, str]:
+    """The folder, and the files' name: not the run's, so that lfw_eval.py's reports differ, too."""
+    of_run = source.name == checkpoint.BEST
+    home = source.parent if of_run else config.RUNS / source.stem
+    stem = source.resolve().parent.name if of_run else source.stem
+    name = options.name if options.name is not None else f"{stem}-{network}"
+    if not name.isprintable() or set(name) & set("/\\") or name.startswith((".", "-")) or not name:
+        raise InputError(f"{name!r} is no plain name of a file: choose another with --name")
+    return options.out or home / "export", name
+
+
+def to_onnx(network: nn.Module, metadata: dict[str, str]) -> bytes:
+    """A folded network -> an ONNX model of it with free batch, by torch's TorchScript exporter.
+
+    That one needs no package but onnx, and its graphs are the same bytes each time. Raises
+    InputError: no onnx, or a network too large for one file.
+    """
+    try:
+        import onnx
+    except ImportError as error:
+        raise InputError("export_onnx.py needs onnx: pip install onnx onnxruntime") from error
+    size = 4 * sum(parameter.numel() for parameter in network.parameters())
+    if size > MOST_BYTES:
+        raise InputError(
+            f"{metadata['network']}, width {metadata['width']}, has {size / 1e9:.1f} GB of "
+            f"weights, and an ONNX file holds {MOST_BYTES / 1e9:.0f} GB: export a narrower network"
+        )
+    buffer = io.BytesIO()
+    free = {0: "N"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # this exporter is the older one; shapes become constants
+        torch.onnx.export(
+            network, (torch.zeros(2, 3, 112, 112),), buffer, dynamo=False, opset_version=OPSET,
+            input_names=["input"], output_names=["embedding"],
+            dynamic_axes={"input": free, "embedding": free},
+        )  # fmt: skip
+    model = onnx.load_from_string(buffer.getvalue())
+    onnx.helper.set_model_props(model, dict(sorted(metadata.items())))
+    onnx.checker.check_model(model)
+    return model.SerializeToString(deterministic=True)
+
+
+def check(graph: bytes, network: nn.Module, source: Path) -> float:
+    """The lowest cosine between embeddings of the file and of PyTorch, over BATCHES of patterns.
+
+    `network` is the whole one, so that folding is checked, too. Raises InputError: too low.
+    """
+    cosines = []
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.onnx"
+        file.write_bytes(graph)
+        exported = utils.OnnxBackbone(file)  # as lfw_eval.py reads it
+        for size in BATCHES:
+            coarse = np.random.default_rng(size).integers(0, 256, (size, 7, 7, 3), np.uint8)
+            crops = coarse.repeat(16, axis=1).repeat(16, axis=2)  # fine noise would look all alike
+            ours, theirs = (
+                utils.embed(model, crops, flip=False).astype(np.float64)  # (size, E)
+                for model in (network, exported)
+            )
+            lengths = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
+            with np.errstate(invalid="ignore"):
+                cosines.extend((ours * theirs).sum(axis=1) / lengths)
+    lowest = min(1.0, *map(float, cosines)) if np.isfinite(cosines).all() else float("nan")
+    if not lowest >= LEAST_COSINE:  # NaN, too
+        raise InputError(
+            f"{source}: the exported network differs from PyTorch (cosine {lowest:.7f}, at least "
+            f"{LEAST_COSINE} is wanted): nothing was written; are the weights finite?"
+        )
+    return lowest
+
+
+def write(out: Path, name: str, files: dict[str, bytes], source: Path) -> None:
+    """The sums come last: while they are absent, the folder is not complete."""
+    embeddings.make_folder(out)
+    if any((out / file).resolve() == source.resolve() for file in files):
+        raise InputError(f"{source} would be written over: name another --out or --name")
+    sums = out / f"{name}.sha256"
+    sums.unlink(missing_ok=True)
+    for file, content in files.items():
+        checkpoint.write_atomic(out / file, content)
+    lines = [f"{hashlib.sha256(content).hexdigest()}  {file}\n" for file, content in files.items()]
+    checkpoint.write_atomic(sums, "".join(lines).encode())
+
+
+if __name__ == "__main__":
+    config.run(main, OPTIONS)
