@@ -17,7 +17,7 @@ from config import InputError
 from plots import PAPER
 
 KINDS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
-SIDE, GAP, LINE = 480, 16, 24  # pixels: largest side of a photo, space between, a line of text
+SIDE, GAP, LINE = 480, 16, 22  # pixels: largest side of a photo, space between, a line of text
 WIDTH = 2 * SIDE + 3 * GAP
 
 
@@ -64,11 +64,10 @@ def draw(left: Shown, right: Shown, large: str, lines: list[str]) -> Image.Image
         pen.text(middle, _fitted(shown.name, 14, SIDE), PAPER["muted"], _font(14), anchor="mm")
         canvas.paste(Image.fromarray(shown.crop), (GAP if not place else WIDTH - GAP - crop, top))
     room = WIDTH - 2 * crop - 4 * GAP
-    y = top + (crop - 40 - LINE * len(lines)) // 2 + 18
-    pen.text((WIDTH // 2, y), large, PAPER["ink"], _font(32), anchor="mm")
+    pen.text((WIDTH // 2, top + 12), large, PAPER["ink"], _font(28), anchor="mm")
     for number, line in enumerate(lines):
-        place = WIDTH // 2, y + 36 + LINE * number
-        pen.text(place, _fitted(line, 16, room), PAPER["ink"], _font(16), anchor="mm")
+        place = WIDTH // 2, top + 44 + LINE * number
+        pen.text(place, _fitted(line, 14, room), PAPER["ink"], _font(14), anchor="mm")
     return canvas
 
 

@@ -61,7 +61,7 @@ def theta_figure(angles: np.ndarray, same: np.ndarray, thresholds: np.ndarray) -
     axes.set_ylim(top=1.35 * axes.get_ylim()[1])  # room for the legend
     axes.set_xlabel("angle between the two embeddings (degrees)")
     axes.set_ylabel("density")
-    _legend(axes, "upper left")
+    legend(axes, "upper left")
     return figure
 
 
@@ -93,7 +93,7 @@ def roc_figure(models: Iterable[Scores], same: np.ndarray) -> Figure:
     axes.set_xlabel("FAR, share of impostor pairs accepted (log)")
     axes.set_ylabel("TAR, share of genuine pairs accepted")
     axes.grid(color=PAPER["line"], linewidth=0.6)
-    _legend(axes, "lower right")
+    legend(axes, "lower right")
     return figure
 
 
@@ -115,6 +115,12 @@ def _blank() -> tuple[Figure, Axes]:
     # A Figure of its own, without pyplot: nothing global, and Agg draws it without a display.
     figure = Figure(figsize=SIZE, layout="constrained")
     axes = figure.add_subplot()
+    dress(axes)
+    return figure, axes
+
+
+def dress(axes: Axes) -> None:
+    """The look of all our plots: two lines, small figures, no box."""
     axes.set_facecolor("none")
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
@@ -122,12 +128,11 @@ def _blank() -> tuple[Figure, Axes]:
     axes.tick_params(which="both", color=PAPER["muted"], labelcolor=PAPER["muted"], labelsize=8)
     axes.xaxis.label.set(color=PAPER["ink"], fontsize=9)
     axes.yaxis.label.set(color=PAPER["ink"], fontsize=9)
-    return figure, axes
 
 
-def _legend(axes: Axes, place: str) -> None:
-    legend = axes.legend(loc=place, frameon=False, fontsize=8, labelcolor=PAPER["ink"])
-    for text in legend.get_texts():
+def legend(axes: Axes, place: str) -> None:
+    drawn = axes.legend(loc=place, frameon=False, fontsize=8, labelcolor=PAPER["ink"])
+    for text in drawn.get_texts():
         text.set_parse_math(False)  # a $ in a model's name is a $
 
 

@@ -202,7 +202,8 @@ def draw(path: Path, left, right, angle: float, threshold: Threshold | None) -> 
 
 
 def split(text: str) -> list[str]:
-    return text.replace(", at which", ",\nat which").replace("; ", ";\n").splitlines()
+    """What is said of the threshold, in lines that fit between the crops."""
+    return re.split(r", (?=at which)|; ", text)
 
 
 # --------------------------------------------------------------------------------------------------
