@@ -197,13 +197,10 @@ def threshold_lines(threshold: Threshold | None) -> list[str]:
 
 
 def draw(path: Path, left, right, angle: float, threshold: Threshold | None) -> None:
-    lines = [] if threshold is None else [decision(angle, threshold), *split(str(threshold))]
+    lines = []
+    if threshold is not None:  # in lines that fit between the crops
+        lines = [decision(angle, threshold), *str(threshold).split(", ", 1)]
     pair_picture.save(path, left, right, f"{angle:.2f}°", lines)
-
-
-def split(text: str) -> list[str]:
-    """What is said of the threshold, in lines that fit between the crops."""
-    return re.split(r", (?=at which)|; ", text)
 
 
 # --------------------------------------------------------------------------------------------------
