@@ -251,7 +251,7 @@ def save(file: Path, entries: dict[str, Entry], settings: dict) -> None:
     tensors = {
         # As bytes: a header is bounded, and metadata of millions of photos are not.
         "photos": np.frombuffer(json.dumps(listed).encode(), dtype=np.uint8),
-        "embeddings": np.array([f.embedding for f in faces], np.float32).reshape(-1, width),
+        "embeddings": np.array([f.embedding for f in faces], np.float32).reshape(len(faces), width),
         "boxes": np.array([f.box for f in faces], np.float32).reshape(-1, 4),
         "landmarks": np.array([f.landmarks for f in faces], np.float64).reshape(-1, 5, 2),
     }

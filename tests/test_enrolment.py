@@ -192,6 +192,14 @@ def test_what_cannot_be_read_is_counted_and_tried_again(people, file, tmp_path):
     assert enrol(people, file).entries["Ann/cut.png"].reason == ""
 
 
+def test_a_gallery_without_any_face_is_remembered_too(tmp_path, file):
+    draw(tmp_path / "grey/Ann/1.png", (9, 9, 9))
+    assert looked_at(tmp_path / "grey", file) == 1
+    assert looked_at(tmp_path / "grey", file) == 0
+    draw(tmp_path / "grey/Ann/2.png", (9, 9, 10))
+    assert looked_at(tmp_path / "grey", file) == 1
+
+
 def test_names_of_any_kind_come_back(people, file):
     names = ["Zoë 王", "two\nlines", '"quoted" \\ <b>', os.fsdecode(b"latin-\xe9")]
     for number, name in enumerate(names):
