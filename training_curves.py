@@ -18,7 +18,7 @@ import config
 import plots
 from config import InputError
 
-NAME = "curves.png"
+NAME, EVENTS = "curves.png", "events.out.tfevents.*"
 SIZE = (9.6, 6.4)  # inches
 _FEW = 40  # points that are drawn as points, too
 
@@ -46,7 +46,7 @@ PANELS = (
 def draw_at_end(run: Path) -> None:
     """For train.py: whatever goes wrong with a picture, the run that it shows is not lost by it."""
     try:
-        if any(run.glob("events*")):
+        if any(run.glob(EVENTS)):
             write(run)
     except Exception as error:
         print(
@@ -61,7 +61,7 @@ def write(run: Path) -> Path:
 
     Raises InputError: they hold no curve.
     """
-    curves = read(run)
+    curves = read(run) if any(run.glob(EVENTS)) else {}
     if not curves:
         raise InputError(f"{run} holds no curves of TensorBoard: nothing to draw")
     plots.save_png(figure(curves), run / NAME, run.resolve().name)

@@ -77,6 +77,14 @@ class Photo(NamedTuple):
         return np.stack([face.embedding for face in self.read.faces])  # (F, E)
 
 
+class Pair(NamedTuple):
+    """What --save draws."""
+
+    left: pair_picture.Shown
+    right: pair_picture.Shown
+    angle: float
+
+
 def main(options: VerifyOptions) -> None:
     check(options)
     # What the steps say on the way goes to stderr where stdout is for one JSON object.
@@ -99,11 +107,16 @@ def main(options: VerifyOptions) -> None:
         reader = FaceReader(network, options.min_face_size, device)
         photos = look(options, reader)
         if options.gallery is None:
-            said, found = compare(*photos, threshold, options)
+            said, found, pair = compare(*photos, threshold, options)
         else:
             kept = options.enrolled or enrolled_file(file, options.gallery)
-            said, found = find(photos[0], threshold, options, reader, kept, about["model_sha256"])
+            said, found, pair = find(
+                photos[0], threshold, options, reader, kept, about["model_sha256"]
+            )
     print(json.dumps(about | found, allow_nan=False) if options.json else "\n".join(said))
+    if options.save:  # after the answer, which a full disk must not cost
+        draw(options.save, pair, threshold)
+        print(f"wrote {options.save}", file=sys.stderr if options.json else sys.stdout)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -112,8 +125,8 @@ def main(options: VerifyOptions) -> None:
 
 def compare(
     left: Photo, right: Photo, threshold: Threshold | None, options: VerifyOptions
-) -> tuple[list[str], dict]:
-    """-> lines for a person, and the same for --json."""
+) -> tuple[list[str], dict, Pair]:
+    """-> lines for a person, the same for --json, and the nearest faces for --save."""
     angles = all_angles(left.embeddings, right.embeddings)  # (F, G) degrees
     i, j = np.unravel_index(angles.argmin(), angles.shape)
     same = None if threshold is None else angles < threshold.degrees
@@ -134,15 +147,7 @@ def compare(
         found |= {"angle": float(angles[0, 0]), "same": None if same is None else bool(same[0, 0])}
         said = [*several_lines(left, right), answer(angles[0, 0], threshold)]
         said += threshold_lines(threshold) if threshold is None else []
-    if options.save:
-        shown = [
-            pair_picture.Shown(one_line(photo.path.name), photo.pixels, photo.boxes, int(index),
-                               photo.read.faces[index].crop)
-            for photo, index in ((left, i), (right, j))
-        ]  # fmt: skip
-        draw(options.save, *shown, angles[i, j], threshold)
-        said.append(f"wrote {options.save}")
-    return said, found
+    return said, found, Pair(shown(left, int(i)), shown(right, int(j)), float(angles[i, j]))
 
 
 def all_angles(left: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -196,11 +201,16 @@ def threshold_lines(threshold: Threshold | None) -> list[str]:
     ]
 
 
-def draw(path: Path, left, right, angle: float, threshold: Threshold | None) -> None:
+def shown(photo: Photo, index: int) -> pair_picture.Shown:
+    crop = photo.read.faces[index].crop
+    return pair_picture.Shown(one_line(photo.path.name), photo.pixels, photo.boxes, index, crop)
+
+
+def draw(path: Path, pair: Pair, threshold: Threshold | None) -> None:
     lines = []
     if threshold is not None:  # in lines that fit between the crops
-        lines = [decision(angle, threshold), *str(threshold).split(", ", 1)]
-    pair_picture.save(path, left, right, f"{angle:.2f}°", lines)
+        lines = [decision(pair.angle, threshold), *str(threshold).split(", ", 1)]
+    pair_picture.save(path, pair.left, pair.right, f"{pair.angle:.2f}°", lines)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -214,8 +224,8 @@ def find(
     reader: FaceReader,
     kept: Path,
     model_hash: str,
-) -> tuple[list[str], dict]:
-    """Enrol what is new in the gallery and rank its people -> lines, and the same for --json."""
+) -> tuple[list[str], dict, Pair | None]:
+    """Enrol what is new in the gallery and rank its people -> as `compare`."""
     settings = {
         "model": model_hash,
         "min_face_size": options.min_face_size,
@@ -265,10 +275,7 @@ def find(
             f"{hits:,.2g} of the {len(gallery.photos):,} enrolled photos"
         )
     said.append(f"searched {len(gallery.photos):,} photos in {search_ms:.1f} ms")
-    if options.save:
-        save_match(photo, matches, enrolled, threshold, options)
-        said.append(f"wrote {options.save}")
-    return said, found
+    return said, found, nearest_pair(photo, matches, enrolled, options) if options.save else None
 
 
 def enrolled_file(model: Path, gallery: Path) -> Path:
@@ -310,23 +317,23 @@ def plain_match(match: Match, threshold: Threshold | None) -> dict:
     return {**match._asdict(), "same": same}
 
 
-def save_match(photo, matches, enrolled, threshold, options: VerifyOptions) -> None:
-    """The picture of the face and enrolled photo that are nearest to each other."""
+def nearest_pair(
+    photo: Photo,
+    matches: list[list[Match]],
+    enrolled: enrolment.Enrolled,
+    options: VerifyOptions,
+) -> Pair:
+    """The face and the enrolled photo that are nearest to each other."""
     face = min(range(len(matches)), key=lambda index: matches[index][0].angle)
     match = matches[face][0]
-    entry = enrolled.entries[match.photo]
+    entry, path = enrolled.entries[match.photo], options.gallery / match.photo
     try:
-        pixels = read_image(options.gallery / match.photo, options.max_pixels)
+        pixels = read_image(path, options.max_pixels)
     except UnreadableImage as error:
-        raise InputError(f"{options.gallery / match.photo}: {error}: run again") from error
+        raise InputError(f"{path}: {error}, just now: run again") from error
     crop = upright(pixels, entry.landmarks)
-    if crop is None:
-        raise InputError(f"{options.gallery / match.photo} changed meanwhile: run again")
-    left = pair_picture.Shown(
-        one_line(photo.path.name), photo.pixels, photo.boxes, face, photo.read.faces[face].crop
-    )
     right = pair_picture.Shown(one_line(match.photo), pixels, [entry.box], 0, crop)
-    draw(options.save, left, right, match.angle, threshold)
+    return Pair(shown(photo, face), right, match.angle)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -359,6 +366,7 @@ def look(options: VerifyOptions, reader: FaceReader) -> list[Photo]:
             pixels = read_image(path, options.max_pixels)
         except UnreadableImage as error:
             hint = "name a photo" if path.exists() else "check its name"
+            hint = "a folder of people goes with --gallery" if path.is_dir() else hint
             raise InputError(f"{path}: {error}: {hint}") from error
         read = reader.read([pixels], options.all)[0]
         if read.reason:
