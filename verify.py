@@ -99,11 +99,8 @@ def main(options: VerifyOptions) -> None:
         network = utils.load_backbone(model, device, options.input_mean, options.input_std)
         threshold = pick_threshold(options, network, file)
         about = {"model": str(model), "model_sha256": embeddings.hash_model(file)}
-        if threshold is not None:
-            about |= {"threshold": threshold.degrees, "far": threshold.far,
-                      "impostor_pairs": threshold.impostor_pairs}  # fmt: skip
-        else:
-            about |= {"threshold": None, "far": None, "impostor_pairs": None}
+        facts = threshold or (None, None, None)
+        about |= zip(("threshold", "far", "impostor_pairs"), facts, strict=True)
         reader = FaceReader(network, options.min_face_size, device)
         photos = look(options, reader)
         if options.gallery is None:
@@ -272,7 +269,8 @@ def find(
     if hits is not None:
         said.append(
             f"note: that rate is of one comparison; a stranger's face is expected to be taken for "
-            f"{hits:,.2g} of the {len(gallery.photos):,} enrolled photos"
+            f"{f'{hits:,.0f}' if hits >= 10 else f'{hits:.2g}'} of the {len(gallery.photos):,} enrolled "
+            "photos"
         )
     said.append(f"searched {len(gallery.photos):,} photos in {search_ms:.1f} ms")
     return said, found, nearest_pair(photo, matches, enrolled, options) if options.save else None

@@ -250,6 +250,18 @@ def test_the_picture_of_all_faces_and_of_names_of_any_kind(place, tmp_path, caps
         assert image.width == 1008
 
 
+def test_a_picture_that_cannot_be_written_does_not_cost_the_answer(
+    place, tmp_path, capsys, monkeypatch
+):
+    def full(*_):
+        raise OSError(28, "No space left on device", "x.png")
+
+    monkeypatch.setattr(verify.pair_picture, "write_atomic", full)
+    with pytest.raises(OSError):
+        verify.main(ask(place, "a.png", "b.png", save=tmp_path / "x.png"))
+    assert capsys.readouterr().out.startswith("theta ")
+
+
 # --- a gallery
 
 
