@@ -268,9 +268,8 @@ def find(
     said += threshold_lines(threshold)
     if hits is not None:
         said.append(
-            f"note: that rate is of one comparison; a stranger's face is expected to be taken for "
-            f"{f'{hits:,.0f}' if hits >= 10 else f'{hits:.2g}'} of the {len(gallery.photos):,} enrolled "
-            "photos"
+            "note: that rate is of one comparison; a stranger's face is expected to be taken for "
+            f"{hits:,.{0 if hits >= 10 else 3}f} of the {len(gallery.photos):,} enrolled photos"
         )
     said.append(f"searched {len(gallery.photos):,} photos in {search_ms:.1f} ms")
     return said, found, nearest_pair(photo, matches, enrolled, options) if options.save else None
