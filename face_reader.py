@@ -56,7 +56,12 @@ class FaceReader:
 
         The central face, or `every` one, from left to right.
         """
-        found = self.detector.detect(photos)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # the detector's layers are small: threads wait for each other
+        try:
+            found = self.detector.detect(photos)
+        finally:
+            torch.set_num_threads(threads)
         chosen = [choose(*one, every) for one in zip(photos, found, strict=True)]
         crops = [crop for _, mine in chosen for _, crop in mine]
         rows = iter(embed_crops(self.network, crops))
