@@ -1,7 +1,7 @@
 # make demo        .venv, requirements, then the three scripts on embedded synthetic faces
 # make test        .venv, requirements, linter and tests (minutes)
 # make test-slow   the kill loops and other long tests
-# make pictures    README's pictures of drawn faces
+# make pictures    README's pictures, from what the demo made
 # make readme      README's tables of results, from results/*.csv
 # make clean-demo  forget what the demo made, so that it starts afresh
 

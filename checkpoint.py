@@ -44,12 +44,13 @@ def write_json(path: Path, value: object) -> None:
 
 
 @contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """One process a folder. The lock is the kernel's: it goes with the process, however that ends.
+def lock(folder: Path, name: str = ".lock") -> Iterator[None]:
+    """One process a folder, or a name in it. The lock is the kernel's: it goes with the process,
+    however that ends.
 
     Raises InputError: another one has it.
     """
-    with open(folder / ".lock", "a+") as file:
+    with open(folder / name, "a+") as file:
         for attempt in range(100):
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -56,7 +56,7 @@ def option(default: object, help: str, **metadata: object) -> typing.Any:
 
 
 # --------------------------------------------------------------------------------------------------
-# options of the three scripts
+# options of the scripts
 
 
 @dataclass(frozen=True)
@@ -309,6 +309,63 @@ class EvalOptions:
     threads: int = option(0, "CPU threads, 0 = torch's default", low=0)
 
 
+@dataclass(frozen=True)
+class VerifyOptions:
+    photos: tuple[Path, ...] = option(
+        (), "two photos to compare, or with --gallery the one to find", positional=True
+    )
+    model: Path | None = option(
+        None,
+        "run folder, .safetensors, .onnx, or .pth of others (default: the run that train.py makes "
+        "by default)",
+    )
+    threshold: float | None = option(
+        None,
+        "angle in degrees below which two faces are taken for one person (default: the one that "
+        "the model carries)",
+        above=0,
+        high=180,
+    )
+    all: bool = option(False, "look at all faces of a photo, not at the central one alone")
+    save: Path | None = option(None, "write a picture of the comparison: a .png or .jpg")
+    json: bool = option(False, "print one JSON object and nothing else")
+    gallery: Path | None = option(
+        None, "find the photo's face in this folder, one folder an identity", group="a gallery"
+    )
+    top: int = option(5, "identities shown, the nearest first", low=1)
+    enrolled: Path | None = option(
+        None,
+        "where the gallery's embeddings are kept, a .safetensors (default: in the folder enrolled "
+        "of the model's run)",
+    )
+    min_face_size: int = option(
+        20, "smallest face looked for, in pixels", low=12, group="detection"
+    )
+    max_pixels: int = option(
+        50_000_000,
+        "a photo with more pixels is not decoded",
+        low=1,
+        high=178_000_000,  # Pillow's own limit
+    )
+    network: str | None = option(
+        None,
+        "that a .pth holds (default: told by its keys)",
+        choices=NETWORKS,
+        group="foreign model",
+    )
+    input_mean: float = option(
+        127.5, "subtracted from pixels; for a foreign ONNX file that names nothing"
+    )
+    input_std: float = option(127.5, "divides them then", above=0)
+    device: str = option("auto", "auto, cpu, cuda or cuda:N", group="run")
+    threads: int = option(0, "CPU threads, 0 = torch's default", low=0)
+
+
+def default_run() -> Path:
+    """The run that train.py makes by default."""
+    return RUNS / ("faces" if RAW.is_dir() else "demo")
+
+
 # --------------------------------------------------------------------------------------------------
 # recipes: only what differs from the defaults above
 
@@ -351,7 +408,7 @@ class _Parser(argparse.ArgumentParser):
 def parse(kind: type[Options], doc: str | None, argv: list[str] | None = None) -> Options:
     """Command line -> `kind`. Exits with 2 and one line where a word is unknown or out of range."""
     parser = _parser(kind, doc)
-    named, unknown = parser.parse_known_args(argv)
+    named, unknown = parser.parse_known_intermixed_args(argv)  # photos anywhere among options
     if unknown:
         parser.error(_suggest(unknown[0], parser))
     values = vars(named)
@@ -501,8 +558,13 @@ def _parser(kind: type, doc: str | None) -> _Parser:
     for field in dataclasses.fields(kind):
         if "group" in field.metadata:
             group = parser.add_argument_group(str(field.metadata["group"]))
-        other = [f"--{field.metadata['alias']}"] if "alias" in field.metadata else []
-        group.add_argument(_flag(field), *other, **_argument(field, hints[field.name]))
+        names = [_flag(field)]
+        if "alias" in field.metadata:
+            names.append(f"--{field.metadata['alias']}")
+        words = _argument(field, hints[field.name])
+        if "positional" in field.metadata:
+            names, words = [field.name], words | {"nargs": "*", "metavar": "PHOTO"}
+        group.add_argument(*names, **words)
     return parser
 
 
@@ -511,7 +573,7 @@ def _argument(field: dataclasses.Field, hint: object) -> dict[str, typing.Any]:
     text = str(field.metadata["help"])
     if field.name == "recipe":
         text += f" ({', '.join(RECIPES)})"
-    if field.default is not None:
+    if field.default not in (None, ()):
         text += f" (default: {_shown(field.default)})"
     text = text.replace("%", "%%")
     if hint is bool:

@@ -54,7 +54,7 @@ def main(options: ExportOptions) -> None:
         torch.set_num_threads(options.threads)
     model = options.model
     if model is None:
-        model = config.RUNS / ("faces" if config.RAW.is_dir() else "demo")
+        model = config.default_run()
         print(f"no --model named: using {model}")
     source = utils.model_file(model)
     if source.suffix == ".onnx":

@@ -147,7 +147,7 @@ def with_defaults(options: config.EvalOptions) -> config.EvalOptions:
         what = "LFW" if own else "the embedded synthetic faces"
         print(f"no --data named: using {what}, {data}")
     if model is None:
-        model = (config.RUNS / ("faces" if config.RAW.is_dir() else "demo"),)
+        model = (config.default_run(),)
         print(f"no --model named: using {model[0]}")
     normal = (options.input_mean, options.input_std) == (127.5, 127.5)
     if not normal and not any(path.suffix == ".onnx" for path in model):

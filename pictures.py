@@ -1,8 +1,16 @@
-"""README's pictures, from drawn faces alone: images/faces.png. Run `make demo` first.
+"""README's pictures, from drawn faces and from plots alone. Run `make demo` first.
 
-make pictures
+    make pictures
+
+images/faces.png       drawn photos, and the same faces aligned
+images/pair.jpg        verify.py --save, with the demo's network
+images/curves.png      the demo's training
+images/theta_lfw.png   the plot of lfw_eval.py for the reference network, where that has been run:
+                       runs/face_embedder/lfw (it needs LFW and face_embedder.onnx)
+What can't be made is told, and the picture that is there stays.
 """
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,26 +18,51 @@ from PIL import Image
 
 import config
 import manifest
+import training_curves
+import verify
+from checkpoint import BEST
 from images import read_image
 
 PEOPLE, GAP = 8, 4
+PAIR = ("s1003/s1003_0002.jpg", "s1003/s1003_0005.jpg")  # of one person, who is not trained on
+IMAGES = config.ROOT / "images"
 
 
 def main(_: None) -> None:
-    folder = config.SYNTHETIC / "train"
+    IMAGES.mkdir(exist_ok=True)
+    demo = config.RUNS / "demo"
+    reference = config.RUNS / "face_embedder" / "lfw" / "theta_dist.png"
+    made = [IMAGES / "faces.png"]
+    save_faces(made[0], config.SYNTHETIC / "train")
+    if (demo / BEST).exists():
+        made.append(IMAGES / "pair.jpg")
+        photos = tuple(config.SYNTHETIC / "test" / "raw" / name for name in PAIR)
+        verify.main(config.VerifyOptions(photos=photos, model=demo, save=made[-1]))
+    if (demo / "result.json").exists():
+        made.append(IMAGES / "curves.png")
+        shutil.copyfile(training_curves.write(demo), made[-1])
+    if reference.exists():
+        made.append(IMAGES / "theta_lfw.png")
+        shutil.copyfile(reference, made[-1])
+    print("wrote", *(path.name for path in made))
+    for name, needs in (("pair.jpg", demo), ("curves.png", demo), ("theta_lfw.png", reference)):
+        if IMAGES / name not in made:
+            print(f"{name} is left as it is: it needs {needs}")
+
+
+def save_faces(path: Path, folder: Path) -> None:
+    """Photos in one line, and each one's crop below its middle."""
     rows = [row for row in manifest.read_manifest(folder) if row.status == manifest.ALIGNED]
     by_identity = {row.identity: row for row in rows}  # the last photo of each
     shown = list(by_identity.values())[:PEOPLE]
-    photos = [read_image(folder / "raw" / row.source) for row in shown]
-    crops = [read_image(folder / row.image) for row in shown]
-    path = config.ROOT / "images" / "faces.png"
-    path.parent.mkdir(exist_ok=True)
-    save(path, photos, crops)
-    print(f"wrote {path}")
+    save(
+        path,
+        [read_image(folder / "raw" / row.source) for row in shown],
+        [read_image(folder / row.image) for row in shown],
+    )
 
 
 def save(path: Path, photos: list[np.ndarray], crops: list[np.ndarray]) -> None:
-    """Photos in one line, and each one's crop below its middle."""
     width, height = photos[0].shape[1], photos[0].shape[0]
     side = crops[0].shape[0]
     canvas = Image.new(

@@ -17,6 +17,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 from matplotlib.ticker import FuncFormatter
 
 import protocol
@@ -61,7 +62,7 @@ def theta_figure(angles: np.ndarray, same: np.ndarray, thresholds: np.ndarray) -
     axes.axvline(cut, color=PAPER["ink"], linestyle="--", linewidth=1.1, label=label)
     axes.set_xlabel("angle between the two embeddings (degrees)")
     axes.set_ylabel("density")
-    _legend(figure, axes)
+    _legend_above(figure, axes)
     return figure
 
 
@@ -93,7 +94,7 @@ def roc_figure(models: Iterable[Scores], same: np.ndarray) -> Figure:
     axes.set_xlabel("FAR, share of impostor pairs accepted (log)")
     axes.set_ylabel("TAR, share of genuine pairs accepted")
     axes.grid(color=PAPER["line"], linewidth=0.6)
-    _legend(figure, axes)
+    _legend_above(figure, axes)
     return figure
 
 
@@ -115,6 +116,12 @@ def _blank() -> tuple[Figure, Axes]:
     # A Figure of its own, without pyplot: nothing global, and Agg draws it without a display.
     figure = Figure(figsize=SIZE, layout="constrained")
     axes = figure.add_subplot()
+    dress(axes)
+    return figure, axes
+
+
+def dress(axes: Axes) -> None:
+    """The look of all our plots: two lines, small figures, no box."""
     axes.set_facecolor("none")
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
@@ -122,18 +129,19 @@ def _blank() -> tuple[Figure, Axes]:
     axes.tick_params(which="both", color=PAPER["muted"], labelcolor=PAPER["muted"], labelsize=8)
     axes.xaxis.label.set(color=PAPER["ink"], fontsize=9)
     axes.yaxis.label.set(color=PAPER["ink"], fontsize=9)
-    return figure, axes
 
 
-def _legend(figure: Figure, axes: Axes) -> None:
-    """Above the axes, where no line runs through it: a row an entry, for which the figure grows."""
-    legend = axes.legend(
-        loc="lower left", bbox_to_anchor=(0, 1), frameon=False, fontsize=8, borderaxespad=0.2,
-        labelcolor=PAPER["ink"],
-    )  # fmt: skip
-    figure.set_figheight(SIZE[1] + _LEGEND_ROW * (len(legend.get_texts()) - 3))
-    for text in legend.get_texts():
+def _legend_above(figure: Figure, axes: Axes) -> None:
+    """Where no line runs through it: a row an entry, for which the figure grows."""
+    drawn = legend(axes, "lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)
+    figure.set_figheight(SIZE[1] + _LEGEND_ROW * (len(drawn.get_texts()) - 3))
+
+
+def legend(axes: Axes, place: str, **more: object) -> Legend:
+    drawn = axes.legend(loc=place, frameon=False, fontsize=8, labelcolor=PAPER["ink"], **more)
+    for text in drawn.get_texts():
         text.set_parse_math(False)  # a $ in a model's name is a $
+    return drawn
 
 
 # --- out ------------------------------------------------------------------------------------------

@@ -55,9 +55,10 @@ import synthetic_faces
 from checkpoint import lock, write_atomic, write_json
 from config import InputError, PreProcessOptions
 from crop_faces import NO_FACE, NO_SHAPE, PARTS, Photo, write_crop
-from images import SUFFIXES, UnreadableImage, read_image
+from images import UnreadableImage, read_image
 from manifest import ALIGNED, EXCLUDED, REJECTED, UNDETECTED, Row
 from orphans import retire_crops
+from photo_folders import is_photo, walk
 from utils import Progress, pick_device
 
 JOURNAL = "manifest.part.csv"  # rows as they are done; gone once manifest.csv holds them
@@ -286,24 +287,6 @@ def list_photos(root: Path) -> Listing:
         where = f"; {homeless} photos lie outside any folder" if homeless else ""
         raise InputError(f"{root} holds no photo in a folder of its identity{where}: check --src")
     return Listing(photos, len(folders) - empty, others, homeless, empty)
-
-
-def is_photo(path: str) -> bool:
-    name = path.rsplit("/", 1)[-1].lower()
-    return name.endswith(SUFFIXES) and not name.startswith(".")
-
-
-def walk(folder: Path, prefix: str, seen: set[str]) -> Iterator[str]:
-    """Files below a folder, as paths with /. Links to folders are followed, but not in a circle."""
-    real = os.path.realpath(folder)
-    if real in seen:
-        return
-    for entry in os.scandir(folder):
-        name = f"{prefix}/{entry.name}"
-        if entry.is_dir() and not is_photo(name):
-            yield from walk(folder / entry.name, name, seen | {real})
-        else:
-            yield name
 
 
 def name_crops(files: list[str]) -> Iterator[tuple[str, str]]:

@@ -15,7 +15,7 @@ Reads <data>/manifest.csv and the crops that it names. Writes runs/<name>/:
     last.pt            all that --resume needs; previous.pt is the one before; head-*.pt: parts
                        of a sharded head, which belong to them
     config.json        the options and what ran; result.json once the run is finished
-    events...          TensorBoard
+    events...          TensorBoard; curves.png shows them once the run is finished
 Validation uses identities held out of the training set, or the pairs given by --val-pairs.
 
 Under torchrun the ranks share each batch of --batch-size photos and the validation. DDP takes the
@@ -46,6 +46,7 @@ import checkpoint
 import data_gen
 import distributed
 import models
+import training_curves
 import training_state
 import utils
 from arcface import focal, validate_labels
@@ -209,6 +210,7 @@ def train(
     if distributed.rank() == 0:
         result = {"steps": step, "validation": best if validation else None}
         checkpoint.write_json(run / "result.json", result)
+        training_curves.draw_at_end(run)
     said = f"best validation accuracy {best:.2%}, " if validation else ""
     next_ = f"python lfw_eval.py --model {shlex.quote(str(run))}"
     distributed.say(f"{run} is finished: {said}{step} steps; next: {next_}")

@@ -11,7 +11,17 @@ import pytest
 
 import config
 import models
-from config import EvalOptions, ExportOptions, PreProcessOptions, TrainOptions, parse
+from config import (
+    EvalOptions,
+    ExportOptions,
+    PreProcessOptions,
+    TrainOptions,
+    VerifyOptions,
+    parse,
+)
+
+KINDS = (PreProcessOptions, TrainOptions, EvalOptions, ExportOptions, VerifyOptions)
+SCRIPTS = ["pre_process.py", "train.py", "lfw_eval.py", "export_onnx.py", "verify.py"]
 
 
 def refused(capsys, kind, *words: str) -> str:
@@ -95,24 +105,22 @@ def test_the_right_number_of_thresholds(capsys):
 
 
 def test_every_option_has_help_and_is_listed(capsys):
-    for kind in (PreProcessOptions, TrainOptions, ExportOptions, EvalOptions):
+    for kind in KINDS:
         with pytest.raises(SystemExit) as stop:
             parse(kind, "what it does", ["--help"])
         assert stop.value.code == 0
         text = capsys.readouterr().out
         for field in dataclasses.fields(kind):
-            assert "--" + field.name.replace("_", "-") in text
+            flag = "--" + field.name.replace("_", "-")
+            assert ("PHOTO" if "positional" in field.metadata else flag) in text
             assert field.metadata["help"]
 
 
 def test_the_number_of_options_stays_small():
-    assert all(
-        len(dataclasses.fields(kind)) <= 50
-        for kind in (PreProcessOptions, TrainOptions, ExportOptions, EvalOptions)
-    )
+    assert all(len(dataclasses.fields(kind)) <= 50 for kind in KINDS)
 
 
-@pytest.mark.parametrize("name", ["pre_process.py", "train.py", "lfw_eval.py", "export_onnx.py"])
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_row37_help_and_a_wrong_option_answer_at_once(name):
     for words, code in ((["--help"], 0), (["--bogus"], 2)):
         start = time.perf_counter()
@@ -122,6 +130,17 @@ def test_row37_help_and_a_wrong_option_answer_at_once(name):
         assert time.perf_counter() - start < 3
         assert done.returncode == code
         assert "Traceback" not in done.stderr
+
+
+def test_photos_stand_anywhere_among_the_options(capsys):
+    a, b = Path("a.jpg"), Path("b.jpg")
+    for words in (["a.jpg", "b.jpg", "--json"], ["--json", "a.jpg", "b.jpg"],
+                  ["a.jpg", "--json", "b.jpg"]):  # fmt: skip
+        assert parse(VerifyOptions, "", words) == VerifyOptions(photos=(a, b), json=True)
+    assert parse(VerifyOptions, "", []).photos == ()
+    assert "--jsn is unknown" in refused(capsys, VerifyOptions, "a.jpg", "--jsn", "b.jpg")
+    assert "--top 0 is below 1" in refused(capsys, VerifyOptions, "a.jpg", "--top", "0")
+    assert "stands alone" in refused(capsys, EvalOptions, "a.jpg")
 
 
 def test_run_turns_a_bad_input_into_one_line(capsys):

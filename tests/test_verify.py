@@ -1,0 +1,348 @@
+"""Comparing two photos, finding a face. Run: python -m pytest tests/test_verify.py"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import checkpoint
+import config
+import enrolment
+import face_reader
+import models
+import protocol
+import utils
+import verify
+from align_faces import align
+from config import InputError, VerifyOptions
+from conftest import ROOT
+from detect_faces import FaceDetector, central_face
+from images import read_image
+from synthetic_faces import draw_face
+
+FAR = "at which 1 in 1,000 impostor pairs of held-out people is accepted; 78,000 pairs"
+
+
+def photo_of(path: Path, identity: int, number: int) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(draw_face(0, identity, number)[0]).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """a.png and b.png, `two.png` with both faces, `none.png`, and runs/first, a random network."""
+    place = tmp_path_factory.mktemp("verify")
+    a, b = (photo_of(place / f"{name}.png", identity, 1) for name, identity in (("a", 3), ("b", 4)))
+    Image.fromarray(np.concatenate([read_image(a), read_image(b)], axis=1)).save(place / "two.png")
+    Image.new("RGB", (200, 200), (90, 90, 90)).save(place / "none.png")
+    torch.manual_seed(0)
+    kind = {"network": "r18", "width": 0.125, "embedding_size": 32}
+    about = {key: str(value) for key, value in kind.items()}
+    state = models.create(**kind).state_dict()
+    for name, more in (
+        ("first", {"threshold_degrees": "68.1234", "threshold_far": "0.001",
+                   "threshold_impostor_pairs": "78000"}),
+        ("bare", {}),
+        ("odd", {"threshold_degrees": "nan", "threshold_far": "0.001"}),
+    ):  # fmt: skip
+        (place / "runs" / name).mkdir(parents=True)
+        checkpoint.save_weights(place / "runs" / name / checkpoint.BEST, state, about | more)
+    return place
+
+
+@pytest.fixture
+def people(place, tmp_path) -> Path:
+    """Four people with two photos each, and a photo without a face."""
+    gallery = tmp_path / "people"
+    for identity in range(3, 7):
+        for number in (1, 2):
+            photo_of(gallery / f"p{identity}" / f"{number}.png", identity, number)
+    Image.new("RGB", (200, 200), (90, 90, 90)).save(gallery / "p3/none.png")
+    return gallery
+
+
+def ask(place: Path, *photos: str | Path, model: str = "first", **options) -> VerifyOptions:
+    paths = tuple(place / photo for photo in photos)
+    return VerifyOptions(photos=paths, model=place / "runs" / model, device="cpu", **options)
+
+
+def say(capsys, options: VerifyOptions) -> str:
+    verify.main(options)
+    return capsys.readouterr().out
+
+
+def told(capsys, options: VerifyOptions) -> dict:
+    return json.loads(say(capsys, options))
+
+
+def refused(options: VerifyOptions) -> str:
+    with pytest.raises(InputError) as error:
+        verify.main(options)
+    return str(error.value)
+
+
+def by_hand(place: Path, *names: str) -> float:
+    """The angle of two photos' central faces, from the steps as README names them."""
+    model = utils.load_backbone(place / "runs/first")
+    rows = []
+    for name in names:
+        photo = read_image(place / name)
+        faces = FaceDetector().detect([photo])[0]
+        index = central_face(faces, photo.shape[1], photo.shape[0])
+        rows.append(utils.embed(model, align(photo, faces.landmarks[index])[None]))
+    return float(protocol.theta(*rows)[0])
+
+
+# --- two photos
+
+
+def test_the_angle_and_the_decision(place, capsys):
+    angle = by_hand(place, "a.png", "b.png")
+    said = say(capsys, ask(place, "a.png", "b.png"))
+    assert 0 < angle < 68.12
+    assert said == f"theta {angle:.2f}°: the same person (threshold 68.12°, {FAR})\n"
+    said = say(capsys, ask(place, "a.png", "b.png", threshold=angle - 0.01))
+    assert "different people" in said and "as named" in said and "1 in" not in said
+    assert "the same person" in say(capsys, ask(place, "a.png", "b.png", threshold=angle + 0.01))
+    assert "theta 0.00°: the same person" in say(capsys, ask(place, "a.png", "a.png"))
+
+
+def test_a_model_without_a_threshold_says_how_to_get_one(place, capsys):
+    lines = say(capsys, ask(place, "a.png", "b.png", model="bare")).splitlines()
+    assert re.fullmatch(r"theta [\d.]+°", lines[0]) and len(lines) == 2
+    assert "--threshold" in lines[1] and "train.py" in lines[1]
+    found = told(capsys, ask(place, "a.png", "b.png", model="bare", json=True))
+    assert found["same"] is found["threshold"] is found["far"] is None
+    assert "name one with --threshold" in refused(ask(place, "a.png", "b.png", model="odd"))
+
+
+def test_json_is_one_object_and_nothing_else(place, script):
+    words = ("verify.py", place / "a.png", "--json", place / "two.png")
+    done = script(*words, "--model", place / "runs/first")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert done.stdout.count("\n") == 1
+    assert found["photos"] == [str(place / "a.png"), str(place / "two.png")]
+    assert found["model_sha256"] == checkpoint.sha256(place / "runs/first" / checkpoint.BEST)
+    assert found["faces_found"] == [1, 2]
+    assert (found["threshold"], found["far"]) == (68.1234, 0.001)
+    assert found["impostor_pairs"] == 78000
+    assert found["same"] is (found["angle"] < 68.1234)
+    assert [len(box) for box in found["boxes"]] == [4, 4]
+    assert all(0.7 < score <= 1 for score in found["scores"])
+
+
+def test_of_several_faces_the_central_one_and_it_is_said(place, capsys):
+    said = say(capsys, ask(place, "a.png", "two.png"))
+    assert "two.png: 2 faces, the central one is taken" in said
+    assert f"theta {by_hand(place, 'a.png', 'two.png'):.2f}°" in said
+
+
+def test_all_is_the_matrix_of_angles_from_left_to_right(place, capsys):
+    found = told(capsys, ask(place, "two.png", "a.png", all=True, json=True))
+    angles = np.array(found["angles"])
+    assert angles.shape == (2, 1) and np.array(found["same"]).shape == (2, 1)
+    boxes = np.array(found["boxes"][0])
+    assert boxes[0, 0] < boxes[1, 0]
+    assert angles[0, 0] < angles[1, 0]  # the left one is a's face
+    central = by_hand(place, "two.png", "a.png")
+    assert np.abs(angles - central).min() < 1e-3
+    said = say(capsys, ask(place, "two.png", "a.png", all=True, threshold=angles.mean()))
+    assert f"{angles[0, 0]:.2f}°*" in said and f"{angles[1, 0]:.2f}°*" not in said
+    assert "a: " in said and "2 of 2 faces" in said
+
+
+def test_a_photo_that_shows_no_face_is_named(place, script):
+    done = script("verify.py", place / "a.png", place / "none.png", "--model", place / "runs/first")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"error: {place / 'none.png'}: no face")
+
+
+def test_photos_that_cannot_be_used(place, tmp_path):
+    (tmp_path / "page.jpg").write_text("<html>")
+    (tmp_path / "cut.png").write_bytes((place / "a.png").read_bytes()[:5000])
+    os.mkfifo(tmp_path / "pipe.jpg")
+    for name, reason in (
+        ("page.jpg", "not an image"),
+        ("cut.png", "truncated"),
+        ("pipe.jpg", "not a regular file"),
+        ("missing.jpg", "no such file"),
+        (".", "not a regular file"),
+    ):
+        said = refused(ask(place, tmp_path / name, "a.png"))
+        assert str(tmp_path / name) in said and reason in said
+
+
+def test_landmarks_that_are_no_face_are_told(place, monkeypatch):
+    monkeypatch.setattr(face_reader.align_faces, "MAX_RESIDUAL", 0.0)
+    for every in (False, True):
+        assert "landmarks are no face" in refused(ask(place, "a.png", "b.png", all=every))
+
+
+def test_what_cannot_be_asked(place, people, tmp_path):
+    both = ("a.png", "b.png")
+    for photos, options, said in (
+        ((), {}, "name two photos: there are 0"),
+        (("a.png",), {}, "or one with --gallery: there are 1"),
+        ((*both, "two.png"), {}, "there are 3"),
+        (both, {"gallery": people}, "takes one photo"),
+        (both, {"top": 3}, "for a --gallery"),
+        (both, {"enrolled": tmp_path / "x.safetensors"}, "for a --gallery"),
+        (("a.png",), {"gallery": people, "enrolled": tmp_path / "x.bin"}, "ends in .safetensors"),
+        (both, {"save": tmp_path / "x.gif"}, ".png or a .jpg"),
+        (both, {"save": tmp_path / "no/x.png"}, "there is no folder"),
+        (both, {"save": place / "a.png"}, "would overwrite"),
+        (("a.png",), {"gallery": people, "save": people / "x.png"}, "lies in the gallery"),
+    ):
+        assert said in refused(ask(place, *photos, **options))
+    assert "is not there" in refused(ask(place, *both, model="none"))
+    if not torch.cuda.is_available():
+        options = VerifyOptions(photos=(place / "a.png",) * 2, device="cuda")
+        assert "cuda is not there" in refused(options)
+
+
+def test_the_default_model_is_the_run_that_train_py_makes(place, monkeypatch, capsys):
+    monkeypatch.setattr(config, "RUNS", place / "runs")
+    monkeypatch.setattr(config, "RAW", place / "no raw")
+    options = VerifyOptions(photos=(place / "a.png", place / "b.png"))
+    assert str(place / "runs/demo") in refused(options)
+    assert "no --model named" in capsys.readouterr().out
+
+
+# --- the picture
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+def test_the_picture_shows_photos_frames_and_crops(place, tmp_path, capsys, suffix):
+    path = tmp_path / f"pair{suffix}"
+    found = told(capsys, ask(place, "a.png", "b.png", save=path, json=True))
+    with Image.open(path) as image:
+        picture = np.asarray(image.convert("RGB")).astype(int)
+    photo = read_image(place / "a.png")
+    crop = face_reader.FaceReader(utils.load_backbone(place / "runs/first")).read([photo])[0]
+    height = len(picture)
+    shown = picture[height - 16 - 112 : height - 16, 16 : 16 + 112]
+    assert np.abs(shown - crop.faces[0].crop).mean() < 3
+    x1, y1, x2, _ = 16 + np.array(found["boxes"][0]) * 480 / 176
+    frame = picture[round(y1), round(x1) + 10 : round(x2) - 10]  # its upper edge
+    assert np.abs(frame - (0xD9, 0x5F, 0x02)).mean() < 40
+    assert np.abs(picture[round(y1) + 10, round(x1) + 10] - (0xD9, 0x5F, 0x02)).sum() > 60
+    before = path.read_bytes()
+    verify.main(ask(place, "a.png", "b.png", save=path))
+    assert path.read_bytes() == before
+
+
+def test_the_picture_of_all_faces_and_of_names_of_any_kind(place, tmp_path, capsys):
+    name = "two\nlines $x^2$ Zoë " + "long" * 40 + ".png"
+    (tmp_path / name).write_bytes((place / "two.png").read_bytes())
+    said = say(capsys, ask(place, tmp_path / name, "b.png", all=True, save=tmp_path / "x.png"))
+    assert "two\\nlines" in said and "wrote" in said
+    with Image.open(tmp_path / "x.png") as image:
+        assert image.width == 1008
+
+
+def test_a_picture_that_cannot_be_written_does_not_cost_the_answer(
+    place, tmp_path, capsys, monkeypatch
+):
+    def full(*_):
+        raise OSError(28, "No space left on device", "x.png")
+
+    monkeypatch.setattr(verify.pair_picture, "write_atomic", full)
+    with pytest.raises(OSError):
+        verify.main(ask(place, "a.png", "b.png", save=tmp_path / "x.png"))
+    assert capsys.readouterr().out.startswith("theta ")
+
+
+# --- a gallery
+
+
+def test_a_face_is_found_among_people(place, people, tmp_path, capsys):
+    kept = tmp_path / "kept.safetensors"
+    (people / "p3/1.png").unlink()  # the photo asked for
+    options = ask(place, "a.png", gallery=people, enrolled=kept, top=2, json=True)
+    found = told(capsys, options)
+    assert (found["enrolled"], found["identities"], found["new"]) == (7, 4, 8)
+    assert found["not_enrolled"] == {"p3/none.png": "no face"}
+    assert found["expected_false_hits"] == pytest.approx(0.007)
+    assert found["search_ms"] < 1000 and len(found["matches"][0]) == 2
+    for match in found["matches"][0]:
+        assert match["photo"].startswith(match["identity"] + "/")
+        angle = by_hand(place, "a.png", people / match["photo"])
+        assert match["angle"] == pytest.approx(angle, abs=1e-2)
+    nearest = min(by_hand(place, "a.png", path) for path in people.glob("*/[12].png"))
+    assert found["matches"][0][0]["angle"] == pytest.approx(nearest, abs=1e-2)
+
+    lines = say(capsys, ask(place, "a.png", gallery=people, enrolled=kept, top=2)).splitlines()
+    assert "7 photos of 4 people enrolled (0 looked at now, 0 removed); 1 are not:" in lines[0]
+    assert lines[1] == "  p3/none.png: no face"
+    assert sum(line.startswith("    ") for line in lines) == 2
+    assert any("a stranger's face" in line and "0.007 of the 7" in line for line in lines)
+    assert lines[-1].startswith("searched 7 photos in ")
+
+
+def test_all_faces_are_looked_for_and_the_nearest_one_is_drawn(place, people, tmp_path, capsys):
+    kept, save = tmp_path / "kept.safetensors", tmp_path / "found.png"
+    options = ask(place, "two.png", gallery=people, enrolled=kept, all=True, save=save, top=1)
+    said = say(capsys, options)
+    assert "face 1 of 2" in said and "face 2 of 2" in said and save.exists()
+
+
+def test_the_gallery_is_kept_in_the_models_run_and_its_folder_left_alone(place, people, capsys):
+    before = sorted(people.rglob("*"))
+    found = told(capsys, ask(place, "a.png", gallery=people, json=True))
+    kept = Path(found["enrolled_file"])
+    assert kept.parent == place / "runs/first/enrolled" and kept.name.startswith("people-")
+    assert sorted(people.rglob("*")) == before
+    again = told(capsys, ask(place, "a.png", gallery=people, json=True))
+    assert again["new"] == 0 and again["matches"] == found["matches"]
+    other = told(capsys, ask(place, "a.png", gallery=people, json=True, model="bare"))
+    assert other["new"] == 9 and other["expected_false_hits"] is None
+
+
+def test_names_of_the_gallery_are_text(place, tmp_path, capsys):
+    photo_of(tmp_path / "g/two\nlines \x1b[31m/1.png", 3, 2)
+    said = say(capsys, ask(place, "a.png", gallery=tmp_path / "g"))
+    assert "two\\nlines \\x1b[31m" in said and "\x1b" not in said
+    found = told(capsys, ask(place, "a.png", gallery=tmp_path / "g", json=True))
+    assert found["matches"][0][0]["identity"] == "two\nlines \x1b[31m"
+
+
+def test_a_gallery_in_which_nobody_has_a_face(place, tmp_path):
+    (tmp_path / "g/Ann").mkdir(parents=True)
+    Image.new("RGB", (50, 50)).save(tmp_path / "g/Ann/1.png")
+    said = refused(ask(place, "a.png", gallery=tmp_path / "g"))
+    assert "no photo with a face" in said and "Ann/1.png: no face" in said
+
+
+def test_a_photo_without_a_face_is_told_before_the_gallery_is_enrolled(place, people, monkeypatch):
+    monkeypatch.setattr(enrolment, "refresh", None)
+    assert "none.png: no face" in refused(ask(place, "none.png", gallery=people))
+
+
+# --- from a notebook
+
+
+def test_the_lines_of_readme_run_as_they_stand(place, tmp_path):
+    text = (ROOT / "README.md").read_text()
+    block = re.search(r"In Python[^\n]*\n\n((?:    [^\n]*\n|\n)+)", text)[1]
+    lines = [line.removeprefix("    ") for line in block.splitlines()]
+    assert "from align_faces import align" in lines
+    assert "from detect_faces import FaceDetector" in lines
+    (tmp_path / "runs").symlink_to(place / "runs")
+    Image.fromarray(read_image(place / "a.png")).save(tmp_path / "me.jpg")
+    code = "\n".join([*lines, "print(crop.shape, embedding.shape, embedding.dtype)"])
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "(112, 112, 3) (1, 32) float32\n" and done.stderr == ""
