@@ -40,7 +40,7 @@ def write_atomic(path: Path, write: bytes | Callable[[BinaryIO], object]) -> Non
 def write_json(path: Path, value: object) -> None:
     """Sorted keys and a final newline: the same value gives the same bytes."""
     text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    write_atomic(path, (text + "\n").encode())
+    write_atomic(path, (text + "\n").encode(errors="surrogateescape"))  # a path may be no text
 
 
 @contextmanager

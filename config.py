@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import difflib
 import errno
+import io
 import json
 import os
 import shutil
@@ -431,6 +432,9 @@ def parse(kind: type[Options], doc: str | None, argv: list[str] | None = None) -
 
 def run(main: Callable[[typing.Any], int | None], options: object) -> typing.NoReturn:
     """Run a script's `main`; a bad input ends it with one line on stderr and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a file's name may be no text
     try:
         code = main(options) or 0
         sys.stdout.flush()

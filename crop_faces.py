@@ -14,10 +14,7 @@ import os
 import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import (
-    Future,
-    ThreadPoolExecutor,
-)
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -32,7 +29,7 @@ import pyramid
 import worker_pool
 from config import PreProcessOptions, naming
 from detect_faces import WINDOW, FaceDetector, Faces, central_face
-from images import UnreadableImage, jpeg_bytes, read_image
+from images import UnreadableImage, jpeg_bytes, read_image, size_of
 from manifest import ALIGNED, REJECTED, Row
 
 PARTS = ".part"  # folder of crops that are being written: what a kill leaves is in there
@@ -97,7 +94,7 @@ class Worker:
                 rows.append(one)
                 continue
             held.append((photo, *one))
-            if len(held) == WINDOW or pyramid.is_large(one[0]):
+            if len(held) == WINDOW or pyramid.is_large(*one[0].shape[:2]):
                 rows += self._crop(held)
                 held = []
         return rows + self._crop(held)
@@ -152,6 +149,8 @@ def write_crop(out: Path, image: str, crop: np.ndarray) -> None:
     except FileNotFoundError:  # the first of its folder
         path.parent.mkdir(parents=True, exist_ok=True)
         os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 # --------------------------------------------------------------------------------------------------
@@ -164,9 +163,9 @@ def feed(worker: Worker, chunks: Iterable[list[Photo]], threads: int) -> Iterato
     writing: deque[list[Future]] = deque()
 
     def read(photo: Photo) -> tuple[np.ndarray, str] | Row | None:
-        one = worker.read(photo)
-        # A large photo waits for its turn: some of them would fill the memory.
-        return None if isinstance(one, tuple) and pyramid.is_large(one[0]) else one
+        # A large photo is decoded when it is its turn: some of them would fill the memory.
+        large = pyramid.is_large(*size_of(worker.root / photo.source))
+        return None if large else worker.read(photo)
 
     def detect() -> list[Future]:
         chunk, reads = reading.popleft()

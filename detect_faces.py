@@ -72,6 +72,8 @@ class FaceDetector:
         self.min_face_size, self.thresholds, self.factor = min_face_size, thresholds, factor
         self.device = torch.device(device)
         self.batched = self.device.type != "cpu"
+        if self.batched:  # TF32's 10 bits moved a tenth of the faces by more than a pixel
+            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         self.pnet, self.rnet, self.onet = mtcnn.load(self.device)
         # glibc gives freed memory back to the kernel at once, and gets it again page by page, which
         # took a third of the time, until it has seen a large block go: then it keeps twice as much.
@@ -90,21 +92,32 @@ class FaceDetector:
 
     def _windows(self, photos: list[np.ndarray]) -> Iterator[list[list[int]]]:
         """Indices of the photos whose stages go on together, in lists of those in one batch."""
-        large = [index for index, photo in enumerate(photos) if pyramid.is_large(photo)]
-        small = [index for index, photo in enumerate(photos) if not pyramid.is_large(photo)]
-        yield from ([[index]] for index in large)
+        large = [pyramid.is_large(*photo.shape[:2]) for photo in photos]
+        small = [index for index, alone in enumerate(large) if not alone]
+        yield from ([[index]] for index, alone in enumerate(large) if alone)
         if not self.batched:
             windows = (small[start : start + WINDOW] for start in range(0, len(small), WINDOW))
             yield from ([[index] for index in window] for window in windows)
             return
         by_canvas: dict[tuple, list[int]] = {}
         for index in small:
-            sizes = tuple((canvas.height, canvas.width) for canvas in self._canvases(photos[index]))
-            by_canvas.setdefault(sizes, []).append(index)
+            by_canvas.setdefault(self._canvas_sizes(*photos[index].shape[:2]), []).append(index)
         for sizes, same in by_canvas.items():
             largest = max((height * width for height, width in sizes), default=1)
             step = max(1, _BATCH_PIXELS // largest)
             yield from ([same[start : start + step]] for start in range(0, len(same), step))
+
+    def _canvas_sizes(self, height: int, width: int) -> tuple[tuple[int, int], ...]:
+        kind = self.device.type
+        return pyramid.canvas_sizes(height, width, self.min_face_size, self.factor, kind)
+
+    def _plans(self, photos: list[np.ndarray]) -> Iterator[tuple[Canvas, ...]]:
+        """A canvas of each photo, then their next ones; photos of a size have theirs in common."""
+        first = {photo.shape[:2]: photo for photo in photos}
+        if len(first) == 1:
+            return ((canvas,) * len(photos) for canvas in self._canvases(photos[0]))
+        plans = {size: list(self._canvases(photo)) for size, photo in first.items()}
+        return zip(*(plans[photo.shape[:2]] for photo in photos), strict=True)
 
     def _canvases(self, photo: np.ndarray) -> Iterator[Canvas]:
         height, width = photo.shape[:2]
@@ -127,7 +140,7 @@ class FaceDetector:
     def _propose(self, batch: "_Photos") -> list[list[tuple]]:
         """First stage: PNet over the pyramids -> what passes, of each photo and canvas."""
         found: list[list[tuple]] = [[] for _ in batch.photos]
-        for canvases in zip(*map(self._canvases, batch.photos), strict=True):
+        for canvases in self._plans(batch.photos):
             outputs = (canvases[0].height - 2) * (canvases[0].width - 2)  # of the first convolution
             holes = [canvas.holes + number * outputs for number, canvas in enumerate(canvases)]
             score, features = mtcnn.propose(self.pnet, batch.draw(canvases), torch.cat(holes))
@@ -164,7 +177,7 @@ class _Photos:
 
     def __init__(self, photos: list[np.ndarray], device: torch.device):
         self.photos, self.device = photos, device
-        self.large = pyramid.is_large(photos[0])
+        self.large = pyramid.is_large(*photos[0].shape[:2])
         self.tables: list[torch.Tensor | None] = [None]
         if not self.large:
             self.tables = [pyramid.sum_table(photo).to(device) for photo in photos]

@@ -32,7 +32,7 @@ from checkpoint import lock, sha256, write_atomic
 from config import InputError
 from face_reader import Face, FaceReader, Read
 from images import UnreadableImage, read_image
-from photo_folders import is_photo, one_line, walk
+from photo_folders import is_folder, is_photo, one_line, walk
 
 VERSION = 1  # of what an entry is
 SAVE_EVERY = 30  # seconds of enrolling that a kill may cost
@@ -101,8 +101,8 @@ def list_gallery(gallery: Path) -> tuple[list[str], list[str]]:
     photos: list[str] = []
     outside: list[str] = []
     for entry in sorted(os.scandir(gallery), key=lambda entry: entry.name):
-        if entry.is_dir() and not entry.name.startswith("."):
-            photos += sorted(filter(is_photo, walk(gallery / entry.name, entry.name, set())))
+        if is_folder(entry) and not entry.name.startswith("."):
+            photos += sorted(filter(is_photo, walk(gallery / entry.name, entry.name)))
         elif is_photo(entry.name):
             outside.append(entry.name)
     if not photos:

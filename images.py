@@ -81,6 +81,17 @@ def _decode(
         raise UnreadableImage(f"damaged: {error}") from error  # what Pillow's parsers raise
 
 
+def size_of(path: Path) -> tuple[int, int]:
+    """Height and width by the header, before EXIF turns it; 0, 0 where that can't be read."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path, formats=_FORMATS) as image:
+                return image.height, image.width
+    except Exception:  # what is wrong is told when it is decoded
+        return 0, 0
+
+
 def jpeg_bytes(image: np.ndarray, quality: int = 95) -> bytes:
     """uint8 (H, W, 3) RGB -> the bytes of a JPEG file.
 

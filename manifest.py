@@ -73,8 +73,9 @@ class Row:
 
 def csv_line(cells: list[str]) -> str:
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerow(cells)
-    return text.getvalue()
+    # With \n alone as its end, Python 3.11 leaves a \r in a name bare, which no reader takes.
+    csv.writer(text, lineterminator="\r\n").writerow(cells)
+    return text.getvalue().removesuffix("\r\n") + "\n"
 
 
 def read_rows(path: Path) -> Iterator[list[str]]:
@@ -93,7 +94,7 @@ def read_rows(path: Path) -> Iterator[list[str]]:
                         f"{path}:{reader.line_num} has {len(cells)} cells instead of "
                         f"{len(COLUMNS)}: run pre_process.py on this folder again"
                     )
-                if cells[2].startswith("/") or ".." in cells[2].split("/"):
+                if leaves(cells[2]):
                     raise InputError(
                         f"{path}:{reader.line_num} names a crop outside of {path.parent} "
                         f"({cells[2]}): prepare the folder again"
@@ -106,6 +107,11 @@ def read_rows(path: Path) -> Iterator[list[str]]:
         ) from error
     except (OSError, csv.Error) as error:
         raise InputError(f"{path} can't be read ({error}): prepare the folder again") from error
+
+
+def leaves(image: str) -> bool:
+    """Whether the path of a crop leads out of its folder."""
+    return image.startswith("/") or ".." in image.split("/")
 
 
 def read_manifest(folder: Path) -> list[Row]:
@@ -129,7 +135,7 @@ def read_settings(folder: Path) -> dict:
     if not path.exists():
         return {}
     try:
-        settings = json.loads(path.read_text())
+        settings = json.loads(path.read_text(errors="surrogateescape"))
         if not isinstance(settings, dict):
             raise ValueError("it holds no settings")
     except (OSError, ValueError) as error:

@@ -1,6 +1,6 @@
 """Folders of photos, one an identity: what is a photo, and where they are.
 
-files = walk(root / "Ann", "Ann", set())    # "Ann/1.jpg", "Ann/2024/2.jpg", "Ann/notes.txt"
+files = walk(root / "Ann", "Ann")    # "Ann/1.jpg", "Ann/2024/2.jpg", "Ann/notes.txt"
 photos = [file for file in files if is_photo(file)]
 """
 
@@ -16,15 +16,24 @@ def is_photo(path: str) -> bool:
     return name.endswith(SUFFIXES) and not name.startswith(".")
 
 
-def walk(folder: Path, prefix: str, seen: set[str]) -> Iterator[str]:
-    """Files below a folder, as paths with /. Links to folders are followed, but not in a circle."""
+def is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
+
+
+def walk(folder: Path, prefix: str, seen: set[str] | None = None) -> Iterator[str]:
+    """Files below a folder, as paths with /. Links to folders are followed, to each folder once."""
+    seen = set() if seen is None else seen
     real = os.path.realpath(folder)
     if real in seen:
         return
-    for entry in os.scandir(folder):
+    seen.add(real)
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         name = f"{prefix}/{entry.name}"
-        if entry.is_dir() and not is_photo(name):
-            yield from walk(folder / entry.name, name, seen | {real})
+        if is_folder(entry) and not is_photo(name):
+            yield from walk(folder / entry.name, name, seen)
         else:
             yield name
 

@@ -29,7 +29,9 @@ if __name__ == "__main__":
     if worker_pool.workers(OPTIONS.workers) > 1 and OPTIONS.device in ("auto", "cpu"):
         worker_pool.warm_up()
 
+import contextlib
 import csv
+import hashlib
 import io
 import itertools
 import os
@@ -58,7 +60,7 @@ from crop_faces import NO_FACE, NO_SHAPE, PARTS, Photo, write_crop
 from images import UnreadableImage, read_image
 from manifest import ALIGNED, EXCLUDED, REJECTED, UNDETECTED, Row
 from orphans import retire_crops
-from photo_folders import is_photo, walk
+from photo_folders import is_folder, is_photo, walk
 from utils import Progress, pick_device
 
 JOURNAL = "manifest.part.csv"  # rows as they are done; gone once manifest.csv holds them
@@ -66,10 +68,12 @@ PART = "manifest.part.{}.csv"  # the same of another rank than the first
 TODO = "todo.csv"  # what the ranks share, in PARTS
 # What --keep-undetected can still crop: the photo is readable, only its landmarks are missing.
 CROPPABLE = (NO_FACE, NO_SHAPE)
+_LONGEST = 255  # bytes of a file's name, on Linux, macOS and Windows
 
 
 def main(options: PreProcessOptions) -> None:
     torch.set_num_threads(1)  # the work is spread over processes
+    device_of_rank(options.device)  # refused before anything is unpacked
     derived.check_lists(options)
     if options.download:
         options = download.fetch_lfw(options)
@@ -117,7 +121,7 @@ def prepare(src: Path, out: Path, options: PreProcessOptions) -> None:
             kept = {photo.image for photo in listing.photos if photo.source not in excluded}
             gather_parts(out)  # the crops of a stopped run's other ranks are known by it too
             retire_crops(out, known_rows(out), kept, options.keep_undetected)
-            done = read_journal(out, listing.photos)
+            done = read_journal(out, root, listing.photos)
             if done:
                 print(f"{src}: {len(done):,} of {len(listing.photos):,} photos are done already.")
             done.update((row.source, row.line()) for row in excluded.values())
@@ -133,6 +137,32 @@ def prepare(src: Path, out: Path, options: PreProcessOptions) -> None:
         derived.derive(rows, root, out, options)
 
 
+@contextlib.contextmanager
+def named_shortage(options: PreProcessOptions) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        said = (  # no InputError: what was done stays
+            f"no room on the card ({str(error).splitlines()[0]}): lower --batch-size, which is "
+            f"{options.batch_size}, and run again to go on"
+        )
+        raise SystemExit(config.complain(said, 1)) from error
+
+
+def device_of_rank(name: str) -> torch.device:
+    """Of `cuda`, the card of this rank's number. Raises InputError: there is none."""
+    device = pick_device(name)
+    if device != torch.device("cuda"):
+        return device
+    if job.local_rank() >= torch.cuda.device_count():
+        raise InputError(
+            f"rank {job.local_rank()} has no card: --nproc-per-node may be "
+            f"{torch.cuda.device_count()} at most",
+            local=True,
+        )
+    return torch.device("cuda", job.local_rank())
+
+
 def detect_all(
     todo: list[Photo], root: Path, out: Path, done: dict[str, str], options: PreProcessOptions
 ) -> float:
@@ -141,12 +171,10 @@ def detect_all(
     Where there are several ranks: a share of them, then what the others have done.
     """
     share = todo[job.rank() :: job.ranks()]
-    device = pick_device(options.device)
-    if device == torch.device("cuda"):
-        device = torch.device("cuda", job.local_rank())
+    device = device_of_rank(options.device)
     progress = Progress(len(share), "Aligning faces", shown=job.rank() == 0)
     path = out / (JOURNAL if job.rank() == 0 else PART.format(job.rank()))
-    with config.naming(path), open(path, "ab") as journal:
+    with config.naming(path), open(path, "ab") as journal, named_shortage(options):
         for rows in crop_faces.run(share, root, out, options, device):
             lines = [row.line() for row in rows]
             journal.write("".join(lines).encode(errors="surrogateescape"))
@@ -171,6 +199,7 @@ def give_out(todo: list[Photo], root: Path, out: Path) -> None:
         lines = [manifest.csv_line([str(root)]), *map(manifest.csv_line, todo)]
         write_atomic(out / PARTS / TODO, "".join(lines).encode(errors="surrogateescape"))
         job.wait()
+        job.wait()  # all have read it: PARTS may go
 
 
 def assist(out: Path, options: PreProcessOptions) -> None:
@@ -178,6 +207,7 @@ def assist(out: Path, options: PreProcessOptions) -> None:
     job.wait()
     with open(out / PARTS / TODO, **manifest.ENCODING) as file:
         (root,), *todo = csv.reader(file)
+    job.wait()
     if todo:
         detect_all(list(itertools.starmap(Photo, todo)), Path(root), out, {}, options)
 
@@ -265,7 +295,7 @@ class Listing:
 
 def list_photos(root: Path) -> Listing:
     """All photos in the identities' folders, in sorted order. Raises InputError: none, or twins."""
-    folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    folders = sorted(entry.name for entry in os.scandir(root) if is_folder(entry))
     folders = [name for name in folders if not name.startswith(".")]
     twins: dict[str, str] = {}
     for name in folders:
@@ -274,11 +304,11 @@ def list_photos(root: Path) -> Listing:
             raise InputError(
                 f"{root} holds {twin} and {name}, which differ only by case: merge or rename them"
             )
-    top = [entry.name for entry in os.scandir(root) if not entry.is_dir()]
+    top = [entry.name for entry in os.scandir(root) if not is_folder(entry)]
     homeless = sum(is_photo(name) for name in top)
     others, empty, photos = len(top) - homeless, 0, []
     for identity in folders:
-        files = sorted(walk(root / identity, identity, set()))
+        files = sorted(walk(root / identity, identity))
         mine = [file for file in files if is_photo(file)]
         others += len(files) - len(mine)
         empty += not mine
@@ -290,7 +320,10 @@ def list_photos(root: Path) -> Listing:
 
 
 def name_crops(files: list[str]) -> Iterator[tuple[str, str]]:
-    """`id/sub/01.png` -> `images/id/sub/01.jpg`; where another has that name, `01.png.jpg`."""
+    """`id/sub/01.png` -> `images/id/sub/01.jpg`; where another has that name, `01.png.jpg`.
+
+    A name that would be too long for a disk ends in a hash instead.
+    """
     taken: set[str] = set()
     named = {}
     for file in sorted(files, key=lambda name: (not name.endswith(".jpg"), name)):
@@ -299,6 +332,10 @@ def name_crops(files: list[str]) -> Iterator[tuple[str, str]]:
             image = f"images/{file}.jpg"
         while image.casefold() in taken:
             image = f"{image}.jpg"
+        folder, name = os.path.split(image)
+        if len(os.fsencode(name)) > _LONGEST:
+            key = hashlib.sha256(os.fsencode(file)).hexdigest()[:16]
+            image = f"{folder}/{os.fsdecode(os.fsencode(name)[:200])}-{key}.jpg"
         taken.add(image.casefold())
         named[file] = image
     return ((file, named[file]) for file in files)
@@ -308,8 +345,11 @@ def name_crops(files: list[str]) -> Iterator[tuple[str, str]]:
 # the journal: what is done, so that a run goes on where it stopped
 
 
-def read_journal(out: Path, photos: list[Photo]) -> dict[str, str]:
-    """Source -> CSV line of the photos that are done. A line that was cut off is not."""
+def read_journal(out: Path, root: Path, photos: list[Photo]) -> dict[str, str]:
+    """Source -> CSV line of the photos that are done, and have not been changed since.
+
+    A line that was cut off, or is damaged, is not one.
+    """
     planned = {photo.source: photo.image for photo in photos}
     done: dict[str, str] = {}
     for cells in known_rows(out):
@@ -324,25 +364,43 @@ def read_journal(out: Path, photos: list[Photo]) -> dict[str, str]:
         # A photo that could not be read is tried again: it may have been mended, or --max-pixels
         # raised.
         if row.reason in CROPPABLE or (row.image and is_whole(out / row.image)):
-            done[row.source] = row.line()
+            since = out / (row.image or manifest.NAME)
+            if not is_newer(root / row.source, since):
+                done[row.source] = row.line()
     write_atomic(out / JOURNAL, "".join(done.values()).encode(errors="surrogateescape"))
     return done
 
 
 def known_rows(out: Path) -> Iterator[list[str]]:
     """The cells of the manifest of the run before this one, and of the journal."""
-    finished = manifest.read_rows(out / manifest.NAME) if (out / manifest.NAME).exists() else ()
-    return itertools.chain(finished, journal_rows(out / JOURNAL))
+    return itertools.chain(journal_rows(out / manifest.NAME), journal_rows(out / JOURNAL))
 
 
 def journal_rows(path: Path) -> Iterator[list[str]]:
-    if not path.exists():
+    """What is whole of a file of rows; the photos of damaged ones are done again."""
+    if not path.is_file():
         return
     text = path.read_bytes().decode(errors="surrogateescape")
     whole = text[: text.rfind("\n") + 1]  # the last line may be half there
-    for cells in csv.reader(io.StringIO(whole, newline="")):
-        if len(cells) == len(manifest.COLUMNS):
+    rows = csv.reader(io.StringIO(whole, newline=""))
+    while True:
+        try:
+            cells = next(rows)
+        except StopIteration:
+            return
+        except csv.Error:  # zeros after a power cut, a stray quote
+            continue
+        if len(cells) == len(manifest.COLUMNS) and not manifest.leaves(cells[2]):
             yield cells
+
+
+def is_newer(photo: Path, than: Path) -> bool:
+    """Whether a photo was written after what was made of it. A time to come is a wrong clock's."""
+    try:
+        changed = photo.stat().st_mtime
+        return than.stat().st_mtime < changed <= time.time()
+    except OSError:
+        return False
 
 
 def is_whole(path: Path) -> bool:

@@ -31,9 +31,9 @@ _PAST_END = CELL - STRIDE  # rows that a piece shares with the next one: PNet's 
 _ROUND = 8  # canvases have few sizes, as each costs a millisecond of preparation in oneDNN
 
 
-def is_large(image: np.ndarray) -> bool:
-    """Whether the photo (H, W, 3) is read in bands instead of through one table."""
-    return image.shape[0] * image.shape[1] > _TABLE_PIXELS
+def is_large(height: int, width: int) -> bool:
+    """Whether a photo of this size is read in bands instead of through one table."""
+    return height * width > _TABLE_PIXELS
 
 
 def sum_table(image: np.ndarray) -> torch.Tensor:
@@ -180,6 +180,16 @@ def plan_canvases(
     """The canvases of a photo of this size: one, or for a large photo several. May be none."""
     plan = _planned if height * width <= _KEPT_PIXELS else _plan
     return plan(height, width, min_face_size, factor, device)
+
+
+@functools.lru_cache(maxsize=4096)
+def canvas_sizes(
+    height: int, width: int, min_face_size: int, factor: float, kind: str
+) -> tuple[tuple[int, int], ...]:
+    """Heights and widths of the canvases alone: what photos must share to be taken together."""
+    most = _CANVAS_PIXELS[kind]
+    pieces = _batches(_cut(height, width, min_face_size, factor, most), most)
+    return tuple(_pack(mine)[:2] for mine in pieces)
 
 
 def _plan(

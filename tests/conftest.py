@@ -38,9 +38,11 @@ def shared() -> Path:
 def script():
     """Run a script of the repo as a user would -> the finished process, its output as text."""
 
-    def run(*words: object, cwd: Path = ROOT, timeout: float = 120) -> subprocess.CompletedProcess:
+    def run(
+        *words: object, cwd: Path = ROOT, timeout: float = 120, env: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess:
         command = [sys.executable, str(ROOT / str(words[0])), *map(str, words[1:])]
-        environment = {**os.environ, "PYTHONWARNINGS": "error::UserWarning"}
+        environment = {**os.environ, "PYTHONWARNINGS": "error::UserWarning", **(env or {})}
         return subprocess.run(
             command, cwd=cwd, timeout=timeout, capture_output=True, text=True, env=environment
         )

@@ -94,9 +94,23 @@ def test_batches_as_a_gpu_takes_them_find_the_same():
     detector = FaceDetector()
     detector.batched = True
     assert max(len(part) for (part,) in detector._windows(photos)) >= 3
+    planned, canvases = [], detector._canvases
+    detector._canvases = lambda photo: planned.append(photo.shape) or canvases(photo)
     for first, second in zip(alone, detector.detect(photos), strict=True):
         assert np.allclose(first.boxes, second.boxes, atol=1e-2)
         assert np.allclose(first.landmarks, second.landmarks, atol=1e-2)
+    assert len(planned) == len(SHAPES)  # once a size
+
+
+def test_photos_of_other_sizes_on_canvases_of_one_size_are_taken_together():
+    rng = np.random.default_rng(1)
+    photos = [noisy(rng, (176 + number % 2, 176)) for number in range(4)]
+    detector = FaceDetector()
+    alone = detector.detect(photos)
+    detector.batched = True
+    assert list(detector._windows(photos)) == [[[0, 1, 2, 3]]]
+    for first, second in zip(alone, detector.detect(photos), strict=True):
+        assert np.allclose(first.boxes, second.boxes, atol=1e-2)
 
 
 def test_a_large_photo_is_read_in_bands_and_nothing_changes(monkeypatch):
