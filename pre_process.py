@@ -118,6 +118,8 @@ def prepare(src: Path, out: Path, options: PreProcessOptions) -> None:
             root = open_source(src, out, options)
             listing = list_photos(root)
             excluded = overlap.excluded_rows(listing.photos, options.exclude_names)
+            if options.exclude_names and not excluded:
+                print(f"{options.exclude_names}: none of its names is an identity of {src}")
             kept = {photo.image for photo in listing.photos if photo.source not in excluded}
             gather_parts(out)  # the crops of a stopped run's other ranks are known by it too
             retire_crops(out, known_rows(out), kept, options.keep_undetected)

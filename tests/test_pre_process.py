@@ -430,6 +430,10 @@ def test_identities_of_a_test_list_are_left_out(raw, tmp_path, capsys):
     pre_process.prepare(raw, out, options)
     pre_process.prepare(raw, tmp_path / "excluded", options)
     assert (out / "removed/ann/00.jpg").exists()
+    (tmp_path / "people.txt").write_text("Zoe\n")
+    capsys.readouterr()
+    pre_process.prepare(raw, out, options)
+    assert "none of its names is an identity of" in capsys.readouterr().out
     shutil.rmtree(out / "removed")
     assert tree(out) == tree(tmp_path / "excluded")
 
