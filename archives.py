@@ -1,6 +1,7 @@
 """Unpacking an archive of photos so that nothing lands outside the destination, or half there.
 
-Only regular files that are named like images are taken; links, devices and other files are counted.
+Only regular files that are named like images are taken; links, devices and other files are counted,
+and so are members whose names the disk can't hold, and those that come twice: the first is kept.
 An archive with a path that leaves the destination, or that expands more than 100 to 1, is refused
 whole: nothing of it is kept. tarfile's own filter is not relied on (CVE-2025-4517, CVE-2025-4330).
 """
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from config import InputError
+from config import InputError, naming
 from images import SUFFIXES
 
 KINDS = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")
@@ -51,14 +52,13 @@ def unpack(
     try:
         members = _zip if archive.name.lower().endswith(".zip") else _tar
         for name, content in members(archive, skipped):
-            target = partial / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with open(target, "wb") as file:
-                shutil.copyfileobj(content, file, 1 << 20)
+            _write(partial / name, content, skipped)
+        os.sync()  # what has its name is never unpacked again: a power cut must find it whole
     except BROKEN as error:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError) and error.errno not in ODD:
-            raise  # the disk's fault, not the archive's
+            with naming(destination):
+                raise  # the disk's fault, not the archive's
         raise InputError(
             f"{archive} is damaged or not an archive ({error}): fetch it again, or unpack it "
             "yourself and name the folder"
@@ -70,6 +70,21 @@ def unpack(
         before_done(skipped)
     os.replace(partial, destination)
     return skipped
+
+
+def _write(target: Path, content: BinaryIO, skipped: Counter) -> None:
+    """Write a member, or count it as skipped."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file = open(target, "xb")  # noqa: SIM115
+    except OSError as error:
+        twice = error.errno == errno.EEXIST and target.is_file()
+        if not twice and error.errno != errno.ENAMETOOLONG:
+            raise
+        skipped["duplicate members" if twice else "files with too long a name"] += 1
+        return
+    with file:
+        shutil.copyfileobj(content, file, 1 << 20)
 
 
 def strip_wrapper(folder: Path) -> Path:
@@ -120,7 +135,8 @@ def _tar(archive: Path, skipped: Counter) -> Iterator[tuple[str, BinaryIO]]:
 
 def _safe(archive: Path, name: str) -> str:
     path = PurePosixPath(name.replace("\\", "/"))
-    drive = len(name) > 1 and name[1] == ":"
+    # `S: Jones/1.jpg` is a name like others, but on Windows; `C:\\1.jpg` is an absolute path of it.
+    drive = name[1:2] == ":" and (os.name == "nt" or name[2:3] == "\\")
     if path.is_absolute() or drive or ".." in path.parts or "\0" in name:
         raise InputError(
             f"{archive} is unsafe: its member {name!r} leaves the destination; nothing was unpacked"

@@ -40,7 +40,7 @@ def derive(rows: list[Row], root: Path | None, out: Path, options: PreProcessOpt
         said = f"{size:,} bytes" if size else "packed already"
         print(f"{out / recordio.REC}: {len(pairs):,} crops, {said}")
     if options.report:
-        print(set_report.write_report(out, root, rows, options.test_names))
+        print(set_report.write_report(out, root, rows, options.test_names, options.max_pixels))
 
 
 def derive_only(options: PreProcessOptions) -> bool:

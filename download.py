@@ -11,17 +11,20 @@ import os
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import config
 import job
-from checkpoint import sha256
-from config import InputError, PreProcessOptions
+from checkpoint import lock, sha256
+from config import InputError, PreProcessOptions, naming
 
-# No address, no answer, an error, a cut; what the disk raises is another matter.
-_NETWORK = (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError)
+# No address, no answer, an error, a cut; what the disk raises is another matter (see _network).
+_NETWORK = (urllib.error.URLError, http.client.HTTPException)
+_LOCK = ".download.lock"
 _TIMEOUT = 30  # seconds without a byte
 _BLOCK = 1 << 20
 
@@ -55,17 +58,26 @@ LFW_PAIRS = (
 def fetch(file: File, folder: Path) -> Path:
     """The file in `folder`, fetched where it is not there yet.
 
-    Raises InputError: no network, or another content than the published one. What came before a cut
-    is kept as <name>.part, and the next call goes on from there.
+    Raises InputError: no network, another content than the published one, or another process that
+    fetches into the folder. What came before a cut is kept as <name>.part, and the next call goes
+    on from there.
     """
     path = folder / file.name
-    if path.exists():
-        if (found := sha256(path)) != file.sha256:
-            raise InputError(
-                f"{path} is not the published file (sha256 {found}, not {file.sha256}): delete it, "
-                f"and it is fetched from {file.url}"
-            )
-        return path
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with lock(folder, _LOCK):
+            if not path.exists():  # else another process has just fetched it
+                _fetch(file, path)
+                return path
+    if (found := sha256(path)) != file.sha256:
+        raise InputError(
+            f"{path} is not the published file (sha256 {found}, not {file.sha256}): delete it, "
+            f"and it is fetched from {file.url}"
+        )
+    return path
+
+
+def _fetch(file: File, path: Path) -> None:
     part = path.with_name(path.name + ".part")
     try:
         _receive(file, part)
@@ -84,7 +96,6 @@ def fetch(file: File, folder: Path) -> Path:
             f"try again later, or put the published one there yourself as {path}"
         )
     os.replace(part, path)
-    return path
 
 
 def fetch_lfw(options: PreProcessOptions) -> PreProcessOptions:
@@ -108,7 +119,8 @@ def _receive(file: File, part: Path) -> None:
     headers = {"User-Agent": "pre_process.py", **({"Range": f"bytes={have}-"} if have else {})}
     request = urllib.request.Request(file.url, headers=headers)
     try:
-        answer = urllib.request.urlopen(request, timeout=_TIMEOUT)
+        with _network():
+            answer = urllib.request.urlopen(request, timeout=_TIMEOUT)
     except urllib.error.HTTPError as error:
         if error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE and have:
             return  # all is there, or more: the hash will tell
@@ -121,10 +133,9 @@ def _receive(file: File, part: Path) -> None:
         start = have if resumed else 0
         total = start + int(length) if length else None
         print(f"Fetching {file.name} from {file.url}" + (f" ({total:,} bytes)" if total else ""))
-        part.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "ab" if resumed else "wb") as out:
+        with naming(part), open(part, "ab" if resumed else "wb") as out:
             done, last = start, time.monotonic()
-            while block := answer.read(_BLOCK):
+            while block := _read(answer):
                 out.write(block)
                 done += len(block)
                 if time.monotonic() - last >= 10:
@@ -133,6 +144,22 @@ def _receive(file: File, part: Path) -> None:
                     print(f"Fetching {file.name}: {done:,} bytes{share}", flush=True)
         if total is not None and done < total:  # read(n) says nothing of a connection that broke
             raise http.client.IncompleteRead(b"", total - done)
+
+
+def _read(answer: http.client.HTTPResponse) -> bytes:
+    with _network():
+        return answer.read(_BLOCK)
+
+
+@contextmanager
+def _network() -> Iterator[None]:
+    """What is raised in here is the network's fault, EHOSTUNREACH and ssl.SSLError among it."""
+    try:
+        yield
+    except urllib.error.URLError:
+        raise
+    except OSError as error:
+        raise urllib.error.URLError(error) from error
 
 
 def _reason(error: Exception) -> str:

@@ -5,6 +5,9 @@ photo = read_image("me.jpg")  # uint8 (H, W, 3), RGB, turned as EXIF says
 """
 
 import base64
+import contextlib
+import ctypes
+import functools
 import io
 import os
 import stat
@@ -29,6 +32,11 @@ MAX_PIXELS = 50_000_000
 
 class UnreadableImage(Exception):
     """A photo that can't be used; the text is the reason, without the file's name."""
+
+
+def kind_of(reason: str) -> str:
+    """A reason without what differs from photo to photo: `too small (9x12)` -> `too small`."""
+    return reason.split(" (")[0].split(": ")[0]
 
 
 def read_image(
@@ -67,6 +75,8 @@ def _decode(
             warnings.simplefilter("ignore")
             with Image.open(source, formats=_FORMATS) as image:
                 _check_size(*image.size, max_pixels)
+                if image.format == "TIFF":
+                    _quieten_libtiff()
                 if notes is not None:
                     _note(image, Path(source), notes)
                 image.load()  # the whole of it: a truncated file raises here, never at verify()
@@ -138,6 +148,18 @@ def _note(image: Image.Image, path: Path, notes: Counter) -> None:
         notes[f"{image.format} inside, named otherwise"] += 1
     if getattr(image, "is_animated", False) and image.format != "MPO":
         notes["animated, first frame taken"] += 1
+
+
+@functools.cache
+def _quieten_libtiff() -> None:
+    """libtiff writes on stderr what it finds in a damaged file, without its name: no more of it.
+
+    What can't be decoded still raises. Pillow has no setting for it, so the library that it is
+    linked with is told itself, for the whole process.
+    """
+    for name in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):
+        with contextlib.suppress(OSError, AttributeError):  # built without it, or statically
+            getattr(ctypes.CDLL(Image.core.__file__), name)(None)
 
 
 def _upright(image: Image.Image) -> Image.Image:

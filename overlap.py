@@ -19,22 +19,32 @@ from config import InputError
 from manifest import EXCLUDED, Row
 
 ALIKE = 0.9  # "Anne Lee" and "Ann Lee": 0.93; "Jean Marie Le Pen" without "Le": 0.9
+# Letters that are to Unicode no others with an accent; of the sharp s, case folding makes ss.
+_LETTERS = str.maketrans(
+    {"ł": "l", "ø": "o", "đ": "d", "ħ": "h", "ŧ": "t", "\u0131": "i"}
+    | {"æ": "ae", "œ": "oe", "ð": "d", "þ": "th"}
+)
 _SHARED = 0.45  # of the trigrams: below it no ratio reaches 0.9 in names of 6 letters and more
 
 
 def read_names(path: Path) -> list[str]:
     """The names of a list. LFW's people.txt: counts on lines of their own, `name<TAB>photos`.
 
-    Raises InputError: not there, no text, or no name in it.
+    Of `Ann Lee,5` the 5 is a count too. That of `Ann Lee 5` may be one or part of the name: both
+    stand among the names. Raises InputError: not there, no text, or no name in it.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         said = getattr(error, "strerror", None) or "not UTF-8 text"
         raise InputError(f"{path} can't be read ({said}): name a list of people") from error
-    names = [line.split("\t")[0].strip() for line in lines]
-    if lines and lines[0].strip().isdigit():  # LFW's: how many sets, and how many names in each
-        names = [name for name in names if not name.isdigit()]
+    # LFW's: how many sets, and how many names in each. Of a plain list the numbers are names.
+    if lines and lines[0].strip().isdigit() and any("\t" in line for line in lines):
+        lines = [line for line in lines if not line.strip().isdigit()]
+    names = []
+    for line in lines:
+        name = re.sub(r"\s*,\s*\d+$", "", line.split("\t")[0].strip())
+        names += dict.fromkeys((name, re.sub(r"\s+\d+$", "", name)))
     names = [name for name in names if normalise(name)]
     if not names:
         raise InputError(f"{path} holds no name: it takes LFW's people.txt, or a name a line")
@@ -42,8 +52,8 @@ def read_names(path: Path) -> list[str]:
 
 
 def normalise(name: str) -> str:
-    """`García_José` -> `garcia jose`, and so `Jose Garcia`."""
-    plain = unicodedata.normalize("NFKD", name.casefold())
+    """`García_José` -> `garcia jose`, and so `Jose Garcia`; `Łukasz Sørensen` is plain, too."""
+    plain = unicodedata.normalize("NFKD", name.casefold()).translate(_LETTERS)
     plain = "".join(letter for letter in plain if not unicodedata.combining(letter))
     return " ".join(sorted(re.findall(r"[^\W_]+", plain)))
 

@@ -4,8 +4,8 @@
 
 One large file instead of millions of small ones. The crops' own bytes are packed, in the order of
 data_gen.load_faces: photo i of the set is record i + 1, and its label is its identity's class
-number. train.pack.json says which photos are inside, so that a stale pack is never trained on; it
-is written last. A pack that was stopped goes on where its parts on disk end.
+number. train.pack.json says which photos are inside and of which manifest, so that a stale pack is
+never trained on; it is written last. A pack that was stopped goes on where its parts on disk end.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ import numpy as np
 import manifest
 from checkpoint import sha256, write_atomic, write_json
 from config import InputError, naming
-from recordio import IDX, PROPERTY, REC, content, encode, framing
+from recordio import IDX, MAGIC, PROPERTY, REC, content, encode, framing
 
 MARK = "train.pack.json"
 SIDE = 112
@@ -37,14 +37,22 @@ def digest(pairs: Pairs) -> str:
 
 
 def is_packed(folder: Path, pairs: Pairs) -> bool:
-    """Whether train.rec of the folder holds these photos, in this order."""
+    """Whether train.rec of the folder holds these photos, in this order, as the manifest has them.
+
+    A crop that was made anew has another row in the manifest, whose sha256 takes about a second a
+    gigabyte (5 million rows): less than reading its rows did.
+    """
     mark = _read_json(folder / MARK)
     try:
         size = os.stat(folder / REC).st_size
         os.stat(folder / IDX)
+        return (
+            mark.get("bytes") == size
+            and mark.get("photos") == digest(pairs)
+            and mark.get("manifest") == sha256(folder / manifest.NAME)
+        )
     except OSError:
         return False
-    return mark.get("bytes") == size and mark.get("photos") == digest(pairs)
 
 
 def pack(folder: Path, pairs: Pairs, progress: Callable[[int], object]) -> int:
@@ -53,10 +61,9 @@ def pack(folder: Path, pairs: Pairs, progress: Callable[[int], object]) -> int:
     `progress` is told of photos as they are done. Raises InputError: a crop is lost or cut off.
     """
     counts = list(Counter(identity for identity, _ in pairs).values())  # in sorted order
-    mark = {"photos": digest(pairs), "manifest": sha256(folder / manifest.NAME)}
-    known = _read_json(folder / MARK)
-    if mark.items() <= known.items() and is_packed(folder, pairs):
+    if is_packed(folder, pairs):
         return 0
+    mark = {"photos": digest(pairs), "manifest": sha256(folder / manifest.NAME)}
     parts = _Parts(folder, mark)
     header, ranges = framing(counts)
     labels = np.repeat(np.arange(len(counts)), counts)  # (N,)
@@ -87,27 +94,44 @@ class _Parts:
     def __init__(self, folder: Path, mark: dict):
         self.folder = folder
         self.rec, self.idx, self.mark = (folder / f".{name}.tmp" for name in (REC, IDX, MARK))
-        self.number, self.offset = 0, 0
-        lines: list[str] = []
-        if _read_json(self.mark) == mark and self.rec.exists() and self.idx.exists():
-            text = self.idx.read_text()
-            lines = text[: text.rfind("\n") + 1].splitlines(keepends=True)
-        if lines:  # the record of the last line is written anew
-            number, offset = lines.pop().split("\t")
-            if int(offset) <= self.rec.stat().st_size:
-                self.number, self.offset = int(number), int(offset)
-        write_json(self.mark, mark)
-        self.rec_file: BinaryIO = open(self.rec, "r+b" if self.number else "wb")  # noqa: SIM115
-        self.rec_file.truncate(self.offset)
-        self.rec_file.seek(self.offset)
-        self.idx_file = open(self.idx, "w")  # noqa: SIM115
-        self.idx_file.writelines(lines if self.number else [])
-        self.lines: list[str] = []
+        known = self._known() if _read_json(self.mark) == mark else []
+        self.number, self.offset = max(len(known) - 1, 0), known[-1] if known else 0
+        if not self.number:  # of another set, or damaged: gone before the mark says they are ours
+            self.rec.unlink(missing_ok=True)
+            self.idx.unlink(missing_ok=True)
+            write_json(self.mark, mark)
+        self.rec_file = _open_at(self.rec, self.offset)
+        self.idx_file = _open_at(self.idx, len(_index(known[:-1])))
+        self.lines: list[bytes] = []
         self.synced = self.offset
+
+    def _known(self) -> list[int]:
+        """Offsets of the records that the index lists; none where either file is damaged.
+
+        The record of the last one is to be written anew: nothing says where it ends.
+        """
+        try:
+            data = self.idx.read_bytes()
+            data = data[: data.rfind(b"\n") + 1]  # the last line may be half there
+            offsets = [int(line.split(b"\t")[1]) for line in data.splitlines()]
+            if _index(offsets) != data:
+                return []
+            places = np.array(offsets, dtype=np.int64)
+            words = np.memmap(self.rec, "<u4", "r", shape=(self.rec.stat().st_size // 4,))
+            whole = (
+                places[0] == 0
+                and (np.diff(places) > 0).all()
+                and (places % 4 == 0).all()
+                and (words[places // 4] == np.frombuffer(MAGIC, "<u4")).all()
+                and (words[places // 4 + 4] == np.arange(len(places))).all()  # the record's id
+            )
+        except (OSError, ValueError, IndexError, OverflowError):  # NULs of a power cut; cut off
+            return []
+        return offsets if whole else []
 
     def add(self, record: bytes) -> None:
         data = encode(record)
-        self.lines.append(f"{self.number}\t{self.offset}\n")
+        self.lines.append(f"{self.number}\t{self.offset}\n".encode())
         with naming(self.rec):
             self.rec_file.write(data)
         self.number, self.offset = self.number + 1, self.offset + len(data)
@@ -121,11 +145,11 @@ class _Parts:
         with naming(self.idx):
             self.idx_file.writelines(self.lines)
             self.idx_file.flush()
+            os.fsync(self.idx_file.fileno())
         self.lines, self.synced = [], self.offset
 
     def close(self) -> int:
         self.sync()
-        os.fsync(self.idx_file.fileno())
         self.rec_file.close()
         self.idx_file.close()
         return self.offset
@@ -134,6 +158,18 @@ class _Parts:
         os.replace(self.rec, self.folder / REC)
         os.replace(self.idx, self.folder / IDX)
         self.mark.unlink()
+
+
+def _index(offsets: list[int]) -> bytes:
+    return "".join(f"{number}\t{offset}\n" for number, offset in enumerate(offsets)).encode()
+
+
+def _open_at(path: Path, size: int) -> BinaryIO:
+    """To go on writing behind the first `size` bytes; what comes after them is dropped."""
+    file = open(path, "r+b" if path.exists() else "wb")  # noqa: SIM115
+    file.truncate(size)
+    file.seek(size)
+    return file
 
 
 def _read_crop(path: Path) -> bytes:

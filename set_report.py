@@ -20,7 +20,7 @@ import align_faces
 import config
 from checkpoint import write_atomic
 from duplicates import find_duplicates
-from images import UnreadableImage, data_uri, jpeg_bytes, read_image
+from images import MAX_PIXELS, UnreadableImage, data_uri, jpeg_bytes, kind_of, read_image
 from manifest import ALIGNED, EXCLUDED, REJECTED, UNDETECTED, Row
 from overlap import find_overlap, read_names
 
@@ -29,9 +29,16 @@ SAMPLES = 24  # aligned faces that are shown, at random; and half as many of the
 _PER_REASON = 12  # thumbnails of rejected photos
 _GROUPS = 30  # of photos under two identities
 _THUMB = 96  # px
+_SCORES = (0, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 1)  # most faces score 0.99 and more
 
 
-def write_report(out: Path, root: Path | None, rows: list[Row], test_names: Path | None) -> Path:
+def write_report(
+    out: Path,
+    root: Path | None,
+    rows: list[Row],
+    test_names: Path | None,
+    max_pixels: int = MAX_PIXELS,
+) -> Path:
     """Write the page of the set `out`; `root` holds its photos, None where they are gone."""
     identities = Counter(row.identity for row in rows if row.status == ALIGNED)
     sections = [
@@ -39,9 +46,9 @@ def write_report(out: Path, root: Path | None, rows: list[Row], test_names: Path
         _per_identity(identities),
         _samples(out, rows),
         _distributions(rows),
-        _rejected(root, rows),
+        _rejected(root, rows, max_pixels),
         _excluded(rows),
-        _duplicates(root, rows),
+        _duplicates(root, rows, max_pixels),
     ]
     if test_names is not None:
         sections.append(_overlap(sorted({row.identity for row in rows}), test_names))
@@ -105,9 +112,8 @@ def _distributions(rows: list[Row]) -> str:
     scores = np.array([row.score for row in found])
     sides = np.array([min(row.box[2] - row.box[0], row.box[3] - row.box[1]) for row in found])
     photos = np.array([min(row.width, row.height) for row in found])
-    edges = np.concatenate([[0, 0.7], np.linspace(0.75, 1, 6)])
     parts = [
-        ("Detection score", scores, edges, 2, "score"),
+        ("Detection score", scores, np.array(_SCORES), 3, "score"),
         ("Shorter side of the face, px", sides, _octaves(sides), 0, "pixels"),
         ("Shorter side of the photo, px", photos, _octaves(photos), 0, "pixels"),
     ]
@@ -119,11 +125,11 @@ def _distributions(rows: list[Row]) -> str:
     return _section("Scores and sizes", f'<p>{said}</p><div class="columns">{charts}</div>')
 
 
-def _rejected(root: Path | None, rows: list[Row]) -> str:
+def _rejected(root: Path | None, rows: list[Row], max_pixels: int) -> str:
     by_reason: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         if row.status in (REJECTED, UNDETECTED):
-            by_reason[row.reason].append(row)
+            by_reason[kind_of(row.reason)].append(row)
     if not by_reason:
         return _section("Rejected photos", "<p>None.</p>")
     undetected = any(row.status == UNDETECTED for row in rows)
@@ -131,7 +137,7 @@ def _rejected(root: Path | None, rows: list[Row]) -> str:
     parts = []
     for reason, group in sorted(by_reason.items(), key=lambda item: (-len(item[1]), item[0])):
         share = f"{len(group):,} of {len(rows):,} photos"
-        shown = "".join(_thumb(root, row) for row in group[:_PER_REASON])
+        shown = "".join(_thumb(root, row, max_pixels) for row in group[:_PER_REASON])
         parts.append(f'<h3>{_text(reason)}: {share}</h3><div class="grid">{shown}</div>')
     return _section(title, "".join(parts))
 
@@ -147,16 +153,16 @@ def _excluded(rows: list[Row]) -> str:
     )
 
 
-def _duplicates(root: Path | None, rows: list[Row]) -> str:
+def _duplicates(root: Path | None, rows: list[Row], max_pixels: int) -> str:
     title = "Photos under two identities"
     if root is None:
         return _section(title, "<p>Not looked for: the photos are gone, only crops are left.</p>")
-    groups = find_duplicates(rows, root)
+    groups = find_duplicates(rows, root, max_pixels)
     if not groups:
         return _section(title, "<p>None: no two identities share the bytes or pixels of one.</p>")
     shown = "".join(
         f'<div class="group"><span>{group.kind}</span><div>'
-        + "".join(_thumb(root, row) for row in group.rows[:_PER_REASON])
+        + "".join(_thumb(root, row, max_pixels) for row in group.rows[:_PER_REASON])
         + "</div></div>"
         for group in groups[:_GROUPS]
     )
@@ -175,7 +181,7 @@ def _overlap(identities: list[str], test_names: Path) -> str:
     said = (
         f"<p>{len(found):,} of {len(identities):,} identities, "
         f"{sum(ratio == 1 for _, ratio in found.values()):,} with the same name. "
-        "Leave them out of a training set with --exclude-names.</p>"
+        "Leave them out of a training set with <code>--exclude-names</code>.</p>"
     )
     table = _table(("identity", "name in the list", "likeness"), sorted(rows))
     return _section(title, said + table)
@@ -248,13 +254,13 @@ def _face(out: Path, row: Row) -> str:
     return _figure(f'<div class="face">{image}{drawn}</div>', row, f"score {row.score or 0:.3f}")
 
 
-def _thumb(root: Path | None, row: Row) -> str:
+def _thumb(root: Path | None, row: Row, max_pixels: int) -> str:
     """The photo itself, small; a grey field where it can't be read."""
     said = f"{row.width}x{row.height}" if row.width else ""
     try:
         if root is None:
             raise UnreadableImage("photo is gone")
-        image = Image.fromarray(read_image(root / row.source))
+        image = Image.fromarray(read_image(root / row.source, max_pixels))
     except UnreadableImage as error:
         return _figure(f'<div class="none">{_text(str(error))}</div>', row, said)
     image.thumbnail((_THUMB, _THUMB))
@@ -298,6 +304,7 @@ h2 {{ font-size: 1.2rem; margin: 40px 0 8px; padding-top: 16px;
   border-top: 1px solid var(--line); }}
 h3 {{ font-size: 1rem; font-weight: 600; margin: 24px 0 8px; }}
 p {{ margin: 0 0 12px; max-width: 70ch; color: var(--dim); overflow-wrap: anywhere; }}
+code {{ white-space: nowrap; }}
 .tiles {{ display: grid; gap: 8px; grid-template-columns: repeat(auto-fit, minmax(130px, 1fr)); }}
 .tiles div {{ padding: 12px; border-radius: 8px; background: var(--field); }}
 .tiles b {{ display: block; font-size: 1.4rem; line-height: 1.2; }}
@@ -321,9 +328,9 @@ th {{ text-align: left; font-weight: 600; }}
 td, th {{ padding: 2px 12px 2px 0; vertical-align: top; overflow-wrap: anywhere; }}
 .scroll {{ overflow-x: auto; }}
 .bars {{ width: 100%; max-width: 640px; }}
-.bars th[scope=row] {{ font-weight: 400; white-space: nowrap; width: 1%; }}
-.bars td:nth-child(3), .bars th:nth-child(3) {{ width: 1%; text-align: right; padding-right: 0;
-  white-space: nowrap; overflow-wrap: normal; }}
+.bars th, .bars td {{ white-space: nowrap; overflow-wrap: normal; }}
+.bars th[scope=row] {{ font-weight: 400; width: 1%; }}
+.bars td:nth-child(3), .bars th:nth-child(3) {{ width: 1%; text-align: right; padding-right: 0; }}
 .bars th[scope=col] {{ color: var(--dim); font-weight: 400; }}
 .bars i {{ display: block; height: 1em; margin-top: 0.25em; border-radius: 2px;
   background: var(--bar); }}

@@ -3,7 +3,9 @@
     python benchmarks/memory.py --src path/to/photos --photos 100000 --megapixels 24
 
 Links a small folder of photos again and again until there are --photos, adds one large photo, runs
-pre_process.py on them and prints the resident memory of its processes as it goes.
+pre_process.py on them and prints the resident memory of its processes as it goes. Exits with
+pre_process.py's own code if that fails, and says how many photos were rejected: what was not
+decoded took no memory.
 """
 
 import argparse
@@ -13,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -20,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 import images
+import manifest
 import pre_process
 from config import ROOT
 
@@ -68,6 +72,21 @@ def watch(src: Path, out: Path, total: int) -> None:
             print(f"| {done:,} | {parent} | {worker} | {peak[0]}, {peak[1]} |", flush=True)
     print(f"| the end | | | {peak[0]}, {peak[1]} |\n")
     print(process.stdout.read())
+    if process.returncode:
+        print(f"pre_process.py failed ({process.returncode}): the figures tell nothing")
+        sys.exit(process.returncode if process.returncode > 0 else 1)
+    if said := rejected(out):
+        print(said)
+
+
+def rejected(out: Path) -> str:
+    """What to say of the photos of a prepared set that were rejected; empty where none was."""
+    rows = list(manifest.read_rows(out / manifest.NAME))
+    reasons = Counter(images.kind_of(cells[4]) for cells in rows if cells[3] == manifest.REJECTED)
+    if not reasons:
+        return ""
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in reasons.most_common())
+    return f"WARNING: {reasons.total():,} of {len(rows):,} photos were rejected: {kinds}"
 
 
 def descendants(pid: int) -> list[int]:

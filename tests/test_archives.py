@@ -1,9 +1,12 @@
 """Unpacking: what is taken, what is refused. Run: python -m pytest tests/test_archives.py"""
 
+import errno
 import io
 import os
+import shutil
 import tarfile
 import tracemalloc
+import warnings
 import zipfile
 
 import pytest
@@ -151,6 +154,72 @@ def test_a_file_within_a_file_is_refused(tmp_path):
     tar(tmp_path / "a.tgz", [("id/1.jpg", b"x"), ("id/1.jpg/2.jpg", b"y")])
     with pytest.raises(InputError, match="damaged or not an archive"):
         unpack(tmp_path / "a.tgz", tmp_path / "out")
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_file_that_is_a_folder_is_refused_in_either_order(tmp_path, order):
+    tar(tmp_path / "a.tgz", [("id/1.jpg", b"x"), ("id/1.jpg/2.jpg", b"y")][::order])
+    with pytest.raises(InputError, match="damaged or not an archive"):
+        unpack(tmp_path / "a.tgz", tmp_path / "out")
+    assert os.listdir(tmp_path) == ["a.tgz"]
+
+
+def write(path, members) -> None:
+    """As zip or as tar, by the name of the archive; a name may come twice."""
+    if path.suffix != ".zip":
+        return tar(path, members)
+    with zipfile.ZipFile(path, "w") as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # zipfile's, of names that come twice
+        for name, data in members:
+            file.writestr(name, data)
+
+
+@pytest.mark.parametrize("kind", ["tgz", "zip"])
+def test_a_name_that_is_too_long_is_counted(tmp_path, kind):
+    long = "x" * 300
+    names = [f"id/{long}.jpg", f"{long}/1.jpg", "id/" + "d/" * 2100 + "1.jpg", "id/2.jpg"]
+    write(tmp_path / f"a.{kind}", [(name, b"x") for name in names])
+    assert unpack(tmp_path / f"a.{kind}", tmp_path / "out") == {"files with too long a name": 3}
+    assert files(tmp_path / "out") == ["id/2.jpg"]
+
+
+@pytest.mark.parametrize("kind", ["tgz", "zip"])
+def test_of_members_that_come_twice_the_first_is_kept(tmp_path, kind):
+    members = [("a/1.jpg", b"first"), ("a/1.jpg", b"second"), ("a//1.jpg", b"third"),
+               ("./a/1.jpg", b"fourth"), ("a/2.jpg", b"good")]  # fmt: skip
+    write(tmp_path / f"a.{kind}", members)
+    assert unpack(tmp_path / f"a.{kind}", tmp_path / "out") == {"duplicate members": 3}
+    assert files(tmp_path / "out") == ["a/1.jpg", "a/2.jpg"]
+    assert (tmp_path / "out/a/1.jpg").read_bytes() == b"first"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there it is a drive")
+@pytest.mark.parametrize("kind", ["tgz", "zip"])
+def test_a_colon_in_second_place_is_no_drive(tmp_path, kind):
+    write(tmp_path / f"a.{kind}", [("S: Jones/1.jpg", b"x"), ("T:/2.jpg", b"y")])
+    assert not unpack(tmp_path / f"a.{kind}", tmp_path / "out")
+    assert files(tmp_path / "out") == ["S: Jones/1.jpg", "T:/2.jpg"]
+
+
+def test_photos_are_on_disk_before_their_folder_has_its_name(tmp_path, monkeypatch):
+    """A power cut must not leave a folder of cut-off photos that is never unpacked again."""
+    seen = []
+    monkeypatch.setattr(os, "sync", lambda: seen.append(files(tmp_path)))
+    write(tmp_path / "a.tgz", [("id/1.jpg", b"x"), ("id/2.jpg", b"y")])
+    unpack(tmp_path / "a.tgz", tmp_path / "out")
+    assert seen == [["a.tgz", "out.part/id/1.jpg", "out.part/id/2.jpg"]]
+
+
+def test_a_full_disk_is_no_fault_of_the_archive(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    write(tmp_path / "a.tgz", [("id/1.jpg", b"x")])
+    monkeypatch.setattr(shutil, "copyfileobj", full)
+    with pytest.raises(OSError) as error:
+        unpack(tmp_path / "a.tgz", tmp_path / "out")
+    assert error.value.errno == errno.ENOSPC and error.value.filename == str(tmp_path / "out")
+    assert os.listdir(tmp_path) == ["a.tgz"]
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA, zipfile.ZIP_DEFLATED])

@@ -1,13 +1,19 @@
 """Fetching a file, from a server on localhost. Run: python -m pytest tests/test_download.py"""
 
+import errno
 import hashlib
+import http.client
 import http.server
+import os
 import re
 import socket
+import ssl
 import threading
+import urllib.request
 
 import pytest
 
+import checkpoint
 import download
 from config import InputError
 from download import File, fetch
@@ -62,12 +68,16 @@ def refused(file: File, folder) -> str:
     return str(error.value)
 
 
+def files(folder) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.name != download._LOCK]
+
+
 def test_row15_a_file_is_fetched_once(server, file, tmp_path):
     assert fetch(file, tmp_path / "new") == tmp_path / "new/faces.tgz"
     assert (tmp_path / "new/faces.tgz").read_bytes() == DATA
     fetch(file, tmp_path / "new")
     assert server.ranges == [None]
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["faces.tgz"]
+    assert files(tmp_path / "new") == ["faces.tgz"]
 
 
 @pytest.mark.parametrize("then", ["whole", "no ranges"])
@@ -95,7 +105,7 @@ def test_row15_another_content_is_deleted(server, file, tmp_path, part):
     said = refused(file, tmp_path)
     assert f"not {file.sha256}" in said and re.search(r"sha256 [0-9a-f]{64}", said)
     assert f"put the published one there yourself as {tmp_path / 'faces.tgz'}" in said
-    assert not list(tmp_path.iterdir())
+    assert not files(tmp_path)
 
 
 def test_row15_no_mirror_no_network(server, file, tmp_path):
@@ -106,7 +116,7 @@ def test_row15_no_mirror_no_network(server, file, tmp_path):
     assert "refused" in said and file.sha256 in said and str(tmp_path / "faces.tgz") in said
     unknown = file._replace(url="http://no-such-host.invalid/1")
     assert f"put the file there yourself as {tmp_path}" in refused(unknown, tmp_path)
-    assert not list(tmp_path.iterdir())
+    assert not files(tmp_path)
 
 
 def test_row15_another_file_of_that_name_is_left_alone(server, file, tmp_path):
@@ -120,6 +130,58 @@ def test_row15_a_silent_server_is_given_up(tmp_path, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
         assert "timed out" in refused(File("a.tgz", f"http://127.0.0.1:{port}/", "0"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.EHOSTUNREACH, "No route to host"), ssl.SSLError("bad record mac"),
+     TimeoutError("timed out")],
+)  # fmt: skip
+def test_row15_what_the_network_raises_while_it_sends_is_told(
+    server, file, tmp_path, monkeypatch, error
+):
+    real, calls = http.client.HTTPResponse.read, []
+
+    def read(self, size=None):
+        calls.append(size)
+        if len(calls) == 2:
+            raise error
+        return real(self, 200_000)
+
+    monkeypatch.setattr(http.client.HTTPResponse, "read", read)
+    said = refused(file, tmp_path)
+    assert str(error) in said and "200,000 bytes are kept, run again to go on" in said
+    monkeypatch.undo()
+    assert fetch(file, tmp_path).read_bytes() == DATA
+    assert server.ranges == [None, "bytes=200000-"]
+
+
+def test_a_server_that_breaks_off_before_its_answer_is_told(file, tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise OSError(errno.EHOSTUNREACH, "No route to host")  # of getresponse(): not wrapped
+
+    monkeypatch.setattr(urllib.request, "urlopen", broken)
+    assert "No route to host" in refused(file, tmp_path)
+
+
+def test_a_full_disk_names_the_file(file, tmp_path):
+    (tmp_path / "faces.tgz.part").symlink_to("/dev/full")
+    with pytest.raises(OSError) as error:
+        fetch(file, tmp_path)
+    assert error.value.errno == errno.ENOSPC
+    assert error.value.filename == str(tmp_path / "faces.tgz.part")
+
+
+def test_two_downloads_at_once_do_not_share_a_part(server, file, tmp_path):
+    with (
+        checkpoint.lock(tmp_path, download._LOCK),
+        pytest.raises(InputError, match=f"in use by process {os.getpid()}"),
+    ):
+        fetch(file, tmp_path)
+    assert not server.ranges and not files(tmp_path)
+    fetch(file, tmp_path)
+    with checkpoint.lock(tmp_path, download._LOCK):
+        assert fetch(file, tmp_path).read_bytes() == DATA  # what is there is used all the same
 
 
 def test_the_hashes_are_scikit_learns():

@@ -1,11 +1,16 @@
 """Photos under two identities. Run: python -m pytest tests/test_duplicates.py"""
 
+import os
+from dataclasses import replace
+
 import numpy as np
+import pytest
 from PIL import Image
 
+import duplicates
 from duplicates import BYTES, PIXELS, find_duplicates
 from images import write_jpeg
-from manifest import ALIGNED, REJECTED, Row
+from manifest import ALIGNED, EXCLUDED, REJECTED, Row
 
 
 def photo(seed: int) -> np.ndarray:
@@ -59,6 +64,58 @@ def test_photos_without_a_face_or_not_readable(tmp_path):
     assert told(rows, tmp_path) == [
         (PIXELS, ["ann/1.png", "bob/1.png"]), (BYTES, ["ann/half.jpg", "bob/half.jpg"])
     ]  # fmt: skip
+
+
+def test_an_excluded_persons_photo_under_another_identity_is_found(tmp_path):
+    for name in ("ann", "bob", "eve"):
+        (tmp_path / name).mkdir()
+    write_jpeg(tmp_path / "ann/1.jpg", photo(0))
+    Image.fromarray(photo(1)).save(tmp_path / "ann/2.png")
+    for source, twin in (("bob/1.jpg", "ann/1.jpg"), ("bob/2.png", "ann/2.png")):
+        (tmp_path / source).write_bytes((tmp_path / twin).read_bytes())
+    Image.fromarray(photo(1)).save(tmp_path / "eve/3.png", compress_level=1)  # bob's, packed anew
+    ann = [replace(row(f"ann/{name}", size=(0, 0)), status=EXCLUDED) for name in ("1.jpg", "2.png")]
+    rows = [*ann, row("bob/1.jpg", 5.0), row("bob/2.png", 9.0), row("eve/3.png", 9.0)]
+    assert told(rows, tmp_path) == [
+        (BYTES, ["ann/1.jpg", "bob/1.jpg"]), (PIXELS, ["ann/2.png", "bob/2.png", "eve/3.png"])
+    ]  # fmt: skip
+
+
+def test_photos_without_a_size_are_not_all_read(tmp_path, monkeypatch):
+    """Excluded and unreadable ones: only what agrees in the file's size and end is read whole."""
+    read, pixels = [], duplicates._pixels
+    monkeypatch.setattr(
+        duplicates, "_pixels", lambda *words: (read.append(words), pixels(*words))[1]
+    )
+    whole = type(tmp_path).read_bytes
+    opened = []
+    monkeypatch.setattr(
+        type(tmp_path), "read_bytes", lambda path: (opened.append(path.name), whole(path))[1]
+    )
+    rows = []
+    for name in ("ann", "bob"):
+        (tmp_path / name).mkdir()
+        for number in range(4):
+            same_size = f"{name} {number}".encode() * 2000
+            (tmp_path / name / f"{number}.jpg").write_bytes(same_size)
+            rows.append(row(f"{name}/{number}.jpg", size=(0, 0)))
+        (tmp_path / name / "empty.jpg").touch()  # the same bytes, but nothing
+        os.mkfifo(tmp_path / name / "pipe.jpg")  # reading it would wait forever
+        (tmp_path / name / "twin.jpg").write_bytes(b"\xff\xd8 cut off")
+        rows += [
+            row(f"{name}/{what}.jpg", size=(0, 0)) for what in ("empty", "pipe", "twin", "lost")
+        ]
+    assert told(rows, tmp_path) == [(BYTES, ["ann/twin.jpg", "bob/twin.jpg"])]
+    assert opened == ["twin.jpg", "twin.jpg"] and not read
+
+
+@pytest.mark.parametrize(("most", "found"), [(2000, 1), (1999, 0)])
+def test_the_limit_of_pixels_is_the_options(tmp_path, most, found):
+    for name, level in (("ann", 0), ("bob", 6)):
+        (tmp_path / name).mkdir()
+        Image.fromarray(photo(0)).save(tmp_path / name / "1.png", compress_level=level)
+    rows = [row("ann/1.png"), row("bob/1.png")]
+    assert len(find_duplicates(rows, tmp_path, most)) == found
 
 
 def test_only_likely_photos_are_opened(tmp_path):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from images import UnreadableImage, decode_image, jpeg_bytes, read_image, write_jpeg
+from images import UnreadableImage, decode_image, jpeg_bytes, kind_of, read_image, write_jpeg
 
 
 @pytest.fixture
@@ -162,6 +162,32 @@ def test_row9_of_an_animation_the_first_frame(tmp_path):
 def test_row10_odd_sizes_are_refused(tmp_path, size, said):
     Image.new("RGB", size).save(tmp_path / "a.png")
     assert said in reason(tmp_path / "a.png")
+
+
+def test_reasons_of_one_kind_are_told_without_their_sizes(tmp_path):
+    kinds = set()
+    for size in ((1, 1), (15, 200), (9, 300)):
+        Image.new("RGB", size).save(tmp_path / "a.png")
+        kinds.add(kind_of(reason(tmp_path / "a.png")))
+    assert kinds == {"too small"}
+    assert kind_of("too many pixels (10000x9000, --max-pixels 5)") == "too many pixels"
+    assert kind_of("damaged: bad chunk (IDAT)") == "damaged"
+    assert kind_of("no face") == "no face" and kind_of("") == ""
+
+
+def test_a_damaged_tiff_says_nothing_on_stderr(tmp_path, capfd):
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    for compression in ("tiff_adobe_deflate", "jpeg"):
+        path = tmp_path / f"{compression}.tif"
+        Image.fromarray(noise).save(path, compression=compression)
+        data = bytearray(path.read_bytes())
+        if compression == "jpeg":
+            data[-60:] = b""
+        else:
+            data[200:500] = bytes(300)
+        path.write_bytes(data)
+        assert "decoder error" in reason(path)
+    assert capfd.readouterr().err == ""
 
 
 def bomb(path, side: int) -> None:

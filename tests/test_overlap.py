@@ -16,12 +16,51 @@ def test_lfws_list_and_plain_ones(tmp_path, shared):
     assert read_names(tmp_path / "plain.txt") == ["Ann Lee", "Bob_Ray", "007"]
 
 
-@pytest.mark.parametrize("data", [b"", b"\n\n", b"10\n601\n", b"\xff\xd8\xff\xe0", None])
+@pytest.mark.parametrize("data", [b"", b"\n\n", b"10\n\t601\n", b"\xff\xd8\xff\xe0", None])
 def test_what_is_no_list_is_refused(tmp_path, data):
     if data is not None:
         (tmp_path / "people.txt").write_bytes(data)
     with pytest.raises(InputError, match=r"people\.txt (can't be read|holds no name)"):
         read_names(tmp_path / "people.txt")
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("0000045\n0000099\n0000100\n", ["0000045", "0000099", "0000100"]),  # CASIA's
+        ("0000045\nAnn Lee\n12\n", ["0000045", "Ann Lee", "12"]),
+        ("0000045\t13\n0000099\t5\n", ["0000045", "0000099"]),
+        ("2\n1\n0000045\t13\n1\n0000099\t5\n", ["0000045", "0000099"]),  # as LFW's is
+    ],
+)
+def test_numeric_names_are_names(tmp_path, text, names):
+    (tmp_path / "people.txt").write_text(text)
+    assert read_names(tmp_path / "people.txt") == names
+
+
+def test_counts_behind_a_comma_or_a_blank(tmp_path):
+    (tmp_path / "people.txt").write_text(
+        "Ann Lee 3\nBob Ray,5\nCarl Day , 12\n0000045,9\nPerson 7\n"
+    )
+    names = read_names(tmp_path / "people.txt")
+    assert names == [
+        *("Ann Lee 3", "Ann Lee", "Bob Ray", "Carl Day", "0000045", "Person 7", "Person")
+    ]
+    people = ["ann_lee", "bob_ray", "Day_Carl", "0000045", "person_7", "person_8", "Eve_Fox"]
+    found = find_overlap(people, names)
+    assert list(found) == people[:5] and all(ratio == 1 for _, ratio in found.values())
+
+
+def test_letters_that_are_no_letter_with_an_accent():
+    for name, plain in (
+        ("Łukasz_Żółć", "lukasz zolc"),
+        ("Søren Đorđević", "dordevic soren"),
+        ("I\u015f\u0131l ÖZGÜR", "isil ozgur"),
+        ("Strauß", "strauss"),
+        ("Æsa Œuvre Þór Guðrún", "aesa gudrun oeuvre thor"),
+        ("Ħal Ŧor", "hal tor"),
+    ):
+        assert normalise(name) == plain
 
 
 def test_spelling_does_not_hide_anyone():

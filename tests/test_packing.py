@@ -155,6 +155,115 @@ def test_a_lost_or_cut_crop_is_refused_and_the_old_pack_stays(folder):
         assert contents(folder) == before
 
 
+def stop_early(folder, monkeypatch, at=12):
+    """Leave the parts of a pack that was stopped; they list about as many records."""
+    monkeypatch.setattr(packing, "_SYNC", 3000)
+    read, real = [], packing._read_crop
+
+    def stop(path):
+        read.append(path)
+        if len(read) == at:
+            raise KeyboardInterrupt
+        return real(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(packing, "_read_crop", stop)
+        with pytest.raises(KeyboardInterrupt):
+            pack(folder)
+    lines = (folder / ".train.idx.tmp").read_text().splitlines(keepends=True)
+    assert len(lines) > 5
+    return lines
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["nuls", "a gap", "not from 0", "swapped", "not of 4", "no magic", "beyond", "words", "huge",
+     "shifted"],
+)  # fmt: skip
+def test_a_damaged_index_of_a_stopped_pack_is_not_gone_on_with(folder, monkeypatch, damage):
+    pack(folder)
+    whole = contents(folder)
+    for name in NAMES:
+        (folder / name).unlink()
+    lines = stop_early(folder, monkeypatch)
+    offsets = [int(line.split("\t")[1]) for line in lines]
+    text = {
+        "nuls": "\0" * sum(map(len, lines)) + "\n",
+        "a gap": f"0\t0\n7\t{offsets[7] if len(offsets) > 7 else 400}\n",
+        "not from 0": f"0\t{offsets[1]}\n1\t{offsets[2]}\n",
+        "swapped": f"0\t0\n1\t{offsets[2]}\n2\t{offsets[1]}\n",
+        "not of 4": f"0\t0\n1\t{offsets[1] + 2}\n",
+        "no magic": f"0\t0\n1\t{offsets[1] + 4}\n",
+        "beyond": "".join(lines) + f"{len(lines)}\t{10**9}\n",
+        "words": "0\t0\n1\tx\n",
+        "huge": f"0\t0\n1\t{10**30}\n",
+        "shifted": f"0\t0\n1\t{offsets[2]}\n",  # the place of a record, but of another one
+    }[damage]
+    (folder / ".train.idx.tmp").write_text(text)
+    read, real = [], packing._read_crop
+    monkeypatch.setattr(packing, "_read_crop", lambda path: (read.append(path), real(path))[1])
+    pack(folder)
+    assert contents(folder) == whole and len(read) == 24  # from the start
+    assert not list(folder.glob(".train*"))
+
+
+def test_parts_that_a_power_cut_emptied_are_written_anew(folder, monkeypatch):
+    pack(folder)
+    whole = contents(folder)
+    for cut in (0, 3, 41):
+        for name in NAMES:
+            (folder / name).unlink()
+        stop_early(folder, monkeypatch)
+        rec = folder / ".train.rec.tmp"
+        rec.write_bytes(rec.read_bytes()[:cut])
+        pack(folder)
+        assert contents(folder) == whole
+
+
+def test_parts_of_another_set_are_gone_before_the_mark_is_ours(folder, monkeypatch):
+    """A kill right behind the mark leaves none of them, else the next run would go on with them."""
+    lines = stop_early(folder, monkeypatch)
+    write = packing.write_json
+
+    def killed(path, value):
+        write(path, value)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(packing, "write_json", killed)
+        with pytest.raises(KeyboardInterrupt):
+            pack(folder, pairs_of(folder)[4:])
+    assert lines and [path.name for path in folder.glob(".train*")] == [".train.pack.json.tmp"]
+
+
+def test_records_are_on_disk_before_the_index_that_lists_them(folder, monkeypatch):
+    synced, fsync = [], os.fsync
+
+    def told(handle):
+        synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{handle}")))
+        fsync(handle)
+
+    monkeypatch.setattr(packing, "_SYNC", 4000)
+    monkeypatch.setattr(os, "fsync", told)
+    pack(folder)
+    parts = [name for name in synced if name in (".train.rec.tmp", ".train.idx.tmp")]
+    assert len(parts) > 6 and parts == [".train.rec.tmp", ".train.idx.tmp"] * (len(parts) // 2)
+
+
+def test_a_changed_crop_under_its_old_name_makes_the_pack_stale(folder):
+    pairs = pairs_of(folder)
+    pack(folder)
+    assert packing.is_packed(folder, pairs)
+    crop = folder / pairs[3][1]
+    crop.write_bytes((folder / pairs[9][1]).read_bytes())  # of a photo that was replaced
+    text = (folder / "manifest.csv").read_text()
+    (folder / "manifest.csv").write_text(text.replace("aligned,,0,0,0", "aligned,,90,80,1", 1))
+    assert (folder / "manifest.csv").read_text() != text
+    assert not packing.is_packed(folder, pairs)
+    assert pack(folder) and packing.is_packed(folder, pairs)
+    assert read_independently(folder)[0][4][5] == crop.read_bytes()
+
+
 @pytest.mark.slow
 def test_kills_lose_nothing(folder):
     """SIGKILL at 20 random moments of packing, then to the end: the same bytes."""

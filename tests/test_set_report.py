@@ -4,6 +4,8 @@ import base64
 import io
 import os
 import re
+import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -51,8 +53,8 @@ class Page(HTMLParser):
 def page(tmp_path):
     """-> a function that makes the page of rows."""
 
-    def make(rows, names=None, root=tmp_path / "raw") -> Page:
-        path = set_report.write_report(tmp_path, root, rows, names)
+    def make(rows, names=None, root=tmp_path / "raw", **more) -> Page:
+        path = set_report.write_report(tmp_path, root, rows, names, **more)
         return Page(path.read_text(encoding="utf-8"))
 
     return make
@@ -86,7 +88,7 @@ def test_the_page_says_what_the_set_is_like(tmp_path, page):
         *("11 photos", "8 aligned", "3 identities", "2 rejected", "1 excluded"),
         *("1 1 2 to 3 1 4 to 7 1", "Median 2, mean 2.7, most: eve (5), bob (2), ann_lee (1)"),
         *("no face: 1 of 11 photos", "truncated: 1 of 11 photos", "eve/<b>&\ufffd.jpg"),
-        *("0.80 to 0.85 5", "0.85 to 0.90 2", "0.90 to 0.95 1", "45 to 64 8"),
+        *("0.800 to 0.900 7", "0.900 to 0.950 1", "45 to 64 8"),
         *("1 identities, 1 photos.", "zed named like Zed in people.txt"),
         *("1 of 4 identities, 1 with the same name", "ann_lee Ann Lee 1.00"),
     ):
@@ -128,6 +130,62 @@ def test_photos_and_crops_that_are_gone(tmp_path, page):
     made = page(rows, root=None)
     assert "Not looked for: the photos are gone" in made.text
     assert "crop is lost" in made.text and "photo is gone" in made.text
+
+
+def test_rejected_photos_are_grouped_by_kind_and_not_by_size(tmp_path, page):
+    rows = make_rows(tmp_path)
+    for number, said in enumerate(
+        ("too small (9x12)", "too small (15x15)", "damaged: a", "damaged: b")
+    ):
+        rows.append(Row(f"eve/r{number}.jpg", "eve", "", REJECTED, said))
+    made = page(rows)
+    assert "too small: 2 of 12 photos" in made.text and "damaged: 2 of 12 photos" in made.text
+    assert made.text.count(" of 12 photos") == 2
+
+
+def test_the_limit_of_pixels_is_the_options(tmp_path, page):
+    rows = make_rows(tmp_path)
+    rows.append(Row("eve/wide.jpg", "eve", "", REJECTED, "no face", 120, 100))
+    write_jpeg(tmp_path / "raw/eve/wide.jpg", np.full((100, 120, 3), 9, np.uint8))
+    assert "too many pixels" not in page(rows, max_pixels=12544).text
+    made = page(rows, max_pixels=11999)
+    assert "too many pixels (120x100, --max-pixels 11999)" in made.text
+
+
+def test_scores_near_one_are_told_apart(tmp_path, page):
+    rows = [replace(row, score=score) for row, score in zip(
+        make_rows(tmp_path), (0.6, 0.75, 0.96, 0.985, 0.992, 0.997, 0.9995, 1.0), strict=True
+    )]  # fmt: skip
+    text = page(rows).text
+    for bar in (
+        *("0.000 to 0.700 1", "0.700 to 0.800 1", "0.800 to 0.900 0", "0.950 to 0.980 1"),
+        *("0.980 to 0.990 1", "0.990 to 0.995 1", "0.995 to 0.999 1", "0.999 to 1.000 2"),
+    ):
+        assert bar in text, bar
+
+
+def test_narrow_screens_break_no_word(tmp_path, page):
+    """By the browser itself, where playwright and one are installed."""
+    browsers = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium") or pytest.skip("needs chromium")
+    rows = [
+        replace(row, identity=row.source, score=1.0) for row in make_rows(tmp_path)
+    ]  # label "1"
+    (tmp_path / "people.txt").write_text("\n".join(row.identity for row in rows))
+    page(rows, tmp_path / "people.txt")
+    with browsers.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        view = browser.new_page(viewport={"width": 390, "height": 800})
+        view.goto((tmp_path / "report.html").as_uri())
+        lines = view.evaluate(
+            "[...document.querySelectorAll('.bars th, code')].map(e => {"
+            "const range = document.createRange(); range.selectNodeContents(e);"
+            "return [e.textContent, new Set([...range.getClientRects()].map(r => r.top)).size]})"
+        )
+        width = view.evaluate("document.documentElement.scrollWidth")
+        browser.close()
+    assert ["photos", 1] in lines and ["--exclude-names", 1] in lines
+    assert all(count == 1 for _, count in lines) and width == 390
 
 
 def test_edges_hold_every_value():
