@@ -12,6 +12,7 @@ import errno
 import io
 import json
 import os
+import re
 import shutil
 import sys
 import types
@@ -275,7 +276,9 @@ class ExportOptions:
 @dataclass(frozen=True)
 class EvalOptions:
     data: Path | None = option(
-        None, "prepared folder of the test photos (default: data/lfw, or data/synthetic/test)"
+        None,
+        "prepared folder of the test photos (default: data/lfw; for a run on the drawn faces "
+        "data/synthetic/test)",
     )
     pairs: Path | None = option(
         None,
@@ -289,7 +292,8 @@ class EvalOptions:
     )
     out: Path | None = option(
         None,
-        "where the report goes (default: runs/<model>/lfw, or the name of another list of pairs)",
+        "where the report goes (default: in the model's run, named like the list of pairs, or for "
+        "a pairs.txt like the set)",
     )
     flip: bool = option(True, "add the embedding of the mirror image")
     bootstrap: int = option(
@@ -452,7 +456,10 @@ def run(main: Callable[[typing.Any], int | None], options: object) -> typing.NoR
         if error.errno not in disk + path:
             raise
         free = f" ({free_bytes(error.filename):,} bytes free)" if error.errno in disk else ""
-        said = f"{error.filename or 'a file'}: {error.strerror}{free}; what was done is kept"
+        # A file is written under a hidden name first, which nobody has named.
+        file = re.sub(r"(^|/)\.([^/]+)\.tmp$", r"\1\2", str(error.filename or "a file"))
+        fix = "make room or name another place, and run again; what was finished is kept"
+        said = f"{file}: {error.strerror}{free}: {fix if free else 'name another path'}"
         code = complain(said, 1 if error.errno in disk else 2)
     sys.exit(code)
 
@@ -630,6 +637,9 @@ def _shown(value: object) -> str:
 
 
 def _suggest(word: str, parser: _Parser) -> str:
+    if not word.startswith("-") and Path(word).exists():
+        flag = next(a.option_strings[0] for a in parser._actions if a.type is _path)
+        return f"{word!r} stands alone; did you mean {flag} {word}?"
     if not word.startswith("-"):
         return f"{word!r} stands alone: a yes/no option is --flag or --no-flag, without a value"
     flags = [flag for action in parser._actions for flag in action.option_strings]

@@ -113,7 +113,7 @@ def _load_manifest(folder: Path) -> FaceSet:
     if not (folder / recordio.REC).exists():
         return faces
     if not packing.is_packed(folder, pairs):
-        print(f"{folder / recordio.REC} holds other photos than {manifest.NAME}: not used; "
+        print(f"{folder / recordio.REC} was packed from another {manifest.NAME}: not used; "
               "pre_process.py --pack renews it")  # fmt: skip
         return faces
     records = RecordFile(folder / recordio.REC)

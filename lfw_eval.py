@@ -10,7 +10,7 @@ On LFW, with a run of train.py:
 On a verification set of InsightFace, whose crops are in the file:
     python lfw_eval.py --pairs agedb_30.bin --model runs/first
 
-With a foreign network (the report then goes to runs/<file name>/lfw), or several to compare:
+With a foreign network (the report then goes to runs/<file name>/), or several to compare:
     python lfw_eval.py --data data/lfw --pairs path/to/pairs.txt --model runs/first other.onnx
     python lfw_eval.py --data data/lfw --pairs path/to/pairs.txt --model backbone.pth --network r50
 
@@ -131,24 +131,19 @@ def evaluate(
 
 
 def with_defaults(options: config.EvalOptions) -> config.EvalOptions:
-    """Fill in what was not named: LFW where the user has own photos, else the synthetic faces."""
+    """Fill in what was not named: LFW, but for a network that was trained on the drawn faces."""
     data, model = options.data, options.model
     packed = options.pairs is not None and is_packed(options.pairs)
     if packed and data is not None:
         raise InputError(f"{options.pairs} holds its crops itself: leave --data out")
-    if data is None and not packed:
-        own = config.RAW.is_dir()
-        data = config.DATA / "lfw" if own else config.SYNTHETIC / "test"
-        if own and not data.is_dir():
-            raise InputError(
-                f"{data} is not there: prepare a test set (python pre_process.py --src lfw.tgz "
-                "--out data/lfw --keep-undetected), or name one with --data"
-            )
-        what = "LFW" if own else "the embedded synthetic faces"
-        print(f"no --data named: using {what}, {data}")
     if model is None:
         model = (config.default_run(),)
         print(f"no --model named: using {model[0]}")
+    if data is None and not packed:
+        drawn = all(map(knows_drawn_faces, model))
+        data = config.SYNTHETIC / "test" if drawn else config.DATA / "lfw"
+        what = "the embedded synthetic faces" if drawn else "LFW"
+        print(f"no --data named: using {what}, {data}")
     normal = (options.input_mean, options.input_std) == (127.5, 127.5)
     if not normal and not any(path.suffix == ".onnx" for path in model):
         raise InputError("--input-mean and --input-std are for an .onnx: our models say their own")
@@ -157,9 +152,21 @@ def with_defaults(options: config.EvalOptions) -> config.EvalOptions:
     if packed:
         return dataclasses.replace(options, model=model)
     if not data.is_dir():
-        raise InputError(f"{data} is not there: prepare it first (python pre_process.py)")
+        raise InputError(
+            f"{data} is not there: prepare it first (python pre_process.py --src PHOTOS --out "
+            f"{data} --keep-undetected), or name another with --data"
+        )
     pairs = options.pairs or data / "pairs.txt"
     return dataclasses.replace(options, data=data, pairs=pairs, model=model)
+
+
+def knows_drawn_faces(model: Path) -> bool:
+    """Whether a run was trained on the embedded faces: what it is tested on by default then."""
+    try:
+        data = config.read_run(model).get("data")
+    except InputError:  # a file, or a run of which only the weights are left
+        return model == config.RUNS / "demo"
+    return data is not None and config.ROOT / str(data) == config.SYNTHETIC / "train"
 
 
 def name_models(options: config.EvalOptions, tests: VerificationSet) -> list[Model]:
@@ -195,9 +202,9 @@ def model_name(model: Path, file: Path) -> str:
 
 
 def list_name(tests: VerificationSet) -> str:
-    """Of a report's folder: lfw for a pairs.txt, else the list's own, so that none overwrites."""
+    """Of a report's folder: the list's own, and for a pairs.txt the set's."""
     stem = tests.pairs_file.stem
-    return "lfw" if stem == "pairs" else stem
+    return tests.name if stem == "pairs" else stem
 
 
 def report_folder(options: config.EvalOptions, name: str, file: Path, tests: str) -> Path:

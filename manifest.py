@@ -100,10 +100,13 @@ def read_rows(path: Path) -> Iterator[list[str]]:
                         f"({cells[2]}): prepare the folder again"
                     )
                 yield cells
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
+        folder = path.parent
+        how = f"--src RAW --out {folder}"
+        if folder.exists():  # raw photos, or an archive of them
+            how = f"--src {folder} --out data/NAME, then name that"
         raise InputError(
-            f"{path} is not there: prepare the folder first "
-            f"(python pre_process.py --src RAW --out {path.parent})"
+            f"{path} is not there: prepare the folder first (python pre_process.py {how})"
         ) from error
     except (OSError, csv.Error) as error:
         raise InputError(f"{path} can't be read ({error}): prepare the folder again") from error

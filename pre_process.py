@@ -57,7 +57,7 @@ import synthetic_faces
 from checkpoint import lock, write_atomic, write_json
 from config import InputError, PreProcessOptions
 from crop_faces import NO_FACE, NO_SHAPE, PARTS, Photo, write_crop
-from images import UnreadableImage, read_image
+from images import UnreadableImage, kind_of, read_image
 from manifest import ALIGNED, EXCLUDED, REJECTED, UNDETECTED, Row
 from orphans import retire_crops
 from photo_folders import is_folder, is_photo, walk
@@ -470,7 +470,7 @@ def crop_undetected(
 
 def summarize(rows: list[Row], listing: Listing, out: Path, rate: float | None) -> None:
     status = Counter(row.status for row in rows)
-    reasons = Counter(row.reason for row in rows if row.status == REJECTED)
+    reasons = Counter(kind_of(row.reason) for row in rows if row.status == REJECTED)
     several = sum(row.faces > 1 for row in rows)
     print(f"{out}: {len(rows):,} photos of {listing.identities:,} identities")
     print(f"  aligned     {status[ALIGNED]:9,}   ({several:,} photos have several faces)")

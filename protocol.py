@@ -95,6 +95,8 @@ def _read_rows(path: Path) -> list[tuple[int, list[str]]]:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     if "\0" in text:
         raise InputError(f"{path}: not a text file, so not a list of pairs")
+    if text.lstrip()[:1] == "<":
+        raise InputError(f"{path}: a web page, not a list of pairs; fetch it again")
     rows = []
     for number, line in enumerate(text.replace("\r\n", "\n").replace("\r", "\n").split("\n"), 1):
         line = line.rstrip()

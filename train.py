@@ -70,6 +70,7 @@ from validation import Score, Validation, make_validation
 # watched. (Another device or number of threads rounds differently, so the last bits may differ.)
 FREE = (
     "resume",
+    "name",
     "runs",
     "workers",
     "timeout",

@@ -56,6 +56,7 @@ def spread(
     pool = ProcessPoolExecutor(count, context, _start, (stop, prepare, arguments))
     try:
         yield from _in_flight(pool, work, chunks, 2 * count)
+        pool.shutdown()  # a worker that is still starting would miss what this process takes along
     except BrokenProcessPool as error:
         raise SystemExit(
             config.complain("a worker process died (out of memory?); run again to go on", 1)

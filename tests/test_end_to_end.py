@@ -41,7 +41,7 @@ def test_make_demo_learns_identity_and_a_second_run_has_nothing_to_do(clone):
     said, seconds = make_demo(clone)
     accuracy = float(re.search(r"accuracy +([\d.]+) %", said)[1]) / 100
     assert accuracy >= 0.88
-    assert "runs/demo/lfw" in said
+    assert "runs/demo/test" in said
     assert seconds < 480  # six minutes on a quiet machine, and this one may not be
 
     # No trivial cue: the raw aligned pixels of the same pairs stay ten points below.

@@ -46,7 +46,7 @@ def options(data: Path, /, **changes: object) -> config.EvalOptions:
 def report(prepared) -> Path:
     """The report of a first run, in its default place."""
     lfw_eval.main(options(prepared))
-    return prepared.parent / "run" / "lfw"
+    return prepared.parent / "run" / prepared.name
 
 
 def linked(data: Path, folder: Path) -> Path:
@@ -338,7 +338,21 @@ def test_without_arguments_the_synthetic_faces_are_taken_and_said(tmp_path, monk
     assert filled.pairs == filled.data / "pairs.txt" and filled.model == (
         tmp_path / "runs" / "demo",
     )
-    assert "synthetic" in capsys.readouterr().out.splitlines()[0]
+    assert "synthetic" in capsys.readouterr().out.splitlines()[1]
+
+
+def test_the_default_set_is_what_the_run_was_trained_for(tmp_path, monkeypatch):
+    for name in ("DATA", "RUNS", "RAW", "SYNTHETIC"):
+        monkeypatch.setattr(config, name, tmp_path / name.lower())
+    monkeypatch.setattr(config, "ROOT", tmp_path)  # paths below it are kept relative to it
+    for place in ("data/lfw", "synthetic/test", "runs/first", "runs/drawn"):
+        (tmp_path / place).mkdir(parents=True)
+    for name, data in (("first", tmp_path / "data/faces"), ("drawn", tmp_path / "synthetic/train")):
+        run = config.plain(config.TrainOptions(data=data))
+        (tmp_path / "runs" / name / "config.json").write_text(json.dumps({"options": run}))
+    for name, data in (("first", "data/lfw"), ("drawn", "synthetic/test"), ("x.onnx", "data/lfw")):
+        filled = lfw_eval.with_defaults(config.EvalOptions(model=(tmp_path / "runs" / name,)))
+        assert filled.data == tmp_path / data
 
 
 def command(*words: object) -> subprocess.CompletedProcess:
