@@ -91,10 +91,8 @@ def choose(
 
 def upright(photo: np.ndarray, landmarks: np.ndarray) -> np.ndarray | None:
     """The crop, or None where the landmarks are no face: the rule of pre_process.py."""
-    matrix = align_faces.similarity_transform(landmarks)
-    if matrix is None or align_faces.fit_residual(landmarks, matrix) > align_faces.MAX_RESIDUAL:
-        return None
-    return align_faces.warp(photo, matrix)
+    matrix = align_faces.face_transform(landmarks)
+    return None if matrix is None else align_faces.warp(photo, matrix)
 
 
 def embed_crops(network: torch.nn.Module, crops: list[np.ndarray]) -> np.ndarray:

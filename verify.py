@@ -28,6 +28,8 @@ import json
 import re
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,13 +41,13 @@ import enrolment
 import pair_picture
 import protocol
 import utils
-from checkpoint import BEST
 from config import InputError, VerifyOptions
 from enrolment import Match
 from face_reader import FaceReader, Read, upright
 from images import UnreadableImage, read_image
 from photo_folders import one_line
 
+LONGEST = 200  # letters that a model may say of where it comes from
 NAMED = 20  # photos without a face that the console names; --json has all
 
 
@@ -53,14 +55,27 @@ class Threshold(NamedTuple):
     degrees: float
     far: float | None  # None: the user's, whose rate is not known
     impostor_pairs: int | None
+    taken_on: str = ""  # whose pairs these are
+    started_from: str = ""  # the weights before a fine-tuning
 
     def __str__(self) -> str:
+        return "; ".join(self.parts())
+
+    def parts(self) -> list[str]:
+        """For one line, or for several where there is less room."""
         if self.far is None:
-            return f"threshold {self.degrees:.2f}°, as named; its false accept rate is not known"
-        return (
-            f"threshold {self.degrees:.2f}°, at which 1 in {1 / self.far:,.0f} impostor pairs of "
-            f"held-out people is accepted; {self.impostor_pairs:,} pairs"
-        )
+            return [f"threshold {self.degrees:.2f}°, as named", "its false accept rate is unknown"]
+        whose = f" of {self.taken_on}" if self.taken_on else ""
+        parts = [
+            f"threshold {self.degrees:.2f}°, at which 1 in {1 / self.far:,.0f} impostor pairs is "
+            "accepted",
+            f"{self.impostor_pairs:,} pairs{whose}",
+        ]
+        if self.started_from:
+            parts.append(
+                f"the weights that it started from ({self.started_from}) may have seen these people"
+            )
+        return parts
 
 
 class Photo(NamedTuple):
@@ -92,30 +107,43 @@ def main(options: VerifyOptions) -> None:
         if options.threads:
             torch.set_num_threads(options.threads)
         device = utils.pick_device(options.device)
+        torch.backends.cudnn.allow_tf32 = False  # full float32: a card's angles are a CPU's
+        torch.backends.cuda.matmul.allow_tf32 = False
         model = options.model or config.default_run()
         if options.model is None:
-            print(f"no --model named: using {model}")
+            print(f"no --model named: using {one_line(str(model))}")
+        normal = options.input_mean, options.input_std
+        utils.check_foreign((model,), options.network, *normal)
         file = utils.model_file(model)
-        network = utils.load_backbone(
-            model, device, options.input_mean, options.input_std, network=options.network
+        digest = embeddings.hash_model(file)
+        network = embeddings.load_hashed(
+            model, file, digest, device, *normal, network=options.network
         )
         threshold = pick_threshold(options, network, file)
-        about = {"model": str(model), "model_sha256": embeddings.hash_model(file)}
-        facts = threshold or (None, None, None)
-        about |= zip(("threshold", "far", "impostor_pairs"), facts, strict=True)
+        about = {"model": str(model), "model_sha256": digest}
+        facts = threshold or (None, None, None, None, None)
+        names = ("threshold", "far", "impostor_pairs", "threshold_from", "started_from")
+        about |= zip(names, (fact or None for fact in facts), strict=True)
         reader = FaceReader(network, options.min_face_size, device)
         photos = look(options, reader)
         if options.gallery is None:
             said, found, pair = compare(*photos, threshold, options)
         else:
-            kept = options.enrolled or enrolled_file(file, options.gallery)
-            said, found, pair = find(
-                photos[0], threshold, options, reader, kept, about["model_sha256"]
-            )
+            settings = {
+                "min_face_size": options.min_face_size,
+                "input": list(normal),
+                "network": options.network,
+                "device": device.type,  # cards round differently
+            }
+            kept = options.enrolled or enrolled_file(file, options.gallery, settings)
+            settings["model"] = digest
+            said, found, pair = find(photos[0], threshold, options, reader, kept, settings)
     print(json.dumps(about | found, allow_nan=False) if options.json else "\n".join(said))
     if options.save:  # after the answer, which a full disk must not cost
-        draw(options.save, pair, threshold)
-        print(f"wrote {options.save}", file=sys.stderr if options.json else sys.stdout)
+        draw(options.save, pair(), threshold)
+        print(
+            f"wrote {one_line(str(options.save))}", file=sys.stderr if options.json else sys.stdout
+        )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -124,8 +152,8 @@ def main(options: VerifyOptions) -> None:
 
 def compare(
     left: Photo, right: Photo, threshold: Threshold | None, options: VerifyOptions
-) -> tuple[list[str], dict, Pair]:
-    """-> lines for a person, the same for --json, and the nearest faces for --save."""
+) -> tuple[list[str], dict, Callable[[], Pair]]:
+    """-> lines for a person, the same for --json, and what gives the nearest faces for --save."""
     angles = all_angles(left.embeddings, right.embeddings)  # (F, G) degrees
     i, j = np.unravel_index(angles.argmin(), angles.shape)
     same = None if threshold is None else angles < threshold.degrees
@@ -146,7 +174,8 @@ def compare(
         found |= {"angle": float(angles[0, 0]), "same": None if same is None else bool(same[0, 0])}
         said = [*several_lines(left, right), answer(angles[0, 0], threshold)]
         said += threshold_lines(threshold) if threshold is None else []
-    return said, found, Pair(shown(left, int(i)), shown(right, int(j)), float(angles[i, j]))
+    nearest = Pair(shown(left, int(i)), shown(right, int(j)), float(angles[i, j]))
+    return said, found, lambda: nearest
 
 
 def all_angles(left: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -208,7 +237,7 @@ def shown(photo: Photo, index: int) -> pair_picture.Shown:
 def draw(path: Path, pair: Pair, threshold: Threshold | None) -> None:
     lines = []
     if threshold is not None:  # in lines that fit between the crops
-        lines = [decision(pair.angle, threshold), *str(threshold).split(", ", 1)]
+        lines = [decision(pair.angle, threshold), *threshold.parts()]
     pair_picture.save(path, pair.left, pair.right, f"{pair.angle:.2f}°", lines)
 
 
@@ -222,15 +251,9 @@ def find(
     options: VerifyOptions,
     reader: FaceReader,
     kept: Path,
-    model_hash: str,
-) -> tuple[list[str], dict, Pair | None]:
+    settings: dict,
+) -> tuple[list[str], dict, Callable[[], Pair]]:
     """Enrol what is new in the gallery and rank its people -> as `compare`."""
-    settings = {
-        "model": model_hash,
-        "min_face_size": options.min_face_size,
-        "input": [options.input_mean, options.input_std],
-        "network": options.network,
-    }
     enrolled = enrolment.refresh(options.gallery, kept, reader, settings, options.max_pixels)
     rejected = {name: e.reason for name, e in enrolled.entries.items() if e.reason}
     rejected |= {name: "outside any identity's folder" for name in enrolled.outside}
@@ -275,16 +298,20 @@ def find(
             f"{hits:,.{0 if hits >= 10 else 3}f} of the {len(gallery.photos):,} enrolled photos"
         )
     said.append(f"searched {len(gallery.photos):,} photos in {search_ms:.1f} ms")
-    return said, found, nearest_pair(photo, matches, enrolled, options) if options.save else None
+    return said, found, partial(nearest_pair, photo, matches, enrolled, options)
 
 
-def enrolled_file(model: Path, gallery: Path) -> Path:
-    """runs/<model>/enrolled/<gallery's name>-<hash of its path>.safetensors"""
-    home = model.parent if model.name == BEST else config.RUNS / model.stem
+def enrolled_file(model: Path, gallery: Path, settings: dict) -> Path:
+    """runs/<model>/enrolled/<gallery's name>-<hash>.safetensors
+
+    Hashed are both paths and the settings: a try with others does not throw this one's away. The
+    model's content is not: a run that goes on takes its old file's place.
+    """
     place = gallery.resolve()
     name = re.sub(r"[^\w.-]+", "_", one_line(place.name))[:40] or "gallery"
-    key = hashlib.sha256(str(place).encode(errors="surrogateescape")).hexdigest()[:8]
-    return home / "enrolled" / f"{name}-{key}.safetensors"
+    what = json.dumps([str(place), str(model.resolve()), settings], sort_keys=True)
+    key = hashlib.sha256(what.encode()).hexdigest()[:8]
+    return utils.home_of(model) / "enrolled" / f"{name}-{key}.safetensors"
 
 
 def gallery_lines(found: dict, rejected: dict[str, str]) -> list[str]:
@@ -352,6 +379,8 @@ def check(options: VerifyOptions) -> None:
         raise InputError("--top and --enrolled are for a --gallery: leave them out, or name one")
     if options.enrolled and options.enrolled.suffix != ".safetensors":
         raise InputError(f"--enrolled {options.enrolled}: name a file that ends in .safetensors")
+    if options.enrolled and options.enrolled.is_dir():
+        raise InputError(f"--enrolled {options.enrolled} is a folder: name a file")
     if options.save:
         pair_picture.check(options.save, list(photos))
         if gallery and options.save.resolve().is_relative_to(gallery.resolve()):
@@ -388,7 +417,10 @@ def pick_threshold(
         degrees, far = float(kept["threshold_degrees"]), float(kept["threshold_far"])
         if not (0 < degrees < 180 and 0 < far < 1):
             raise ValueError(f"{degrees}° at {far}")
-        return Threshold(degrees, far, int(kept["threshold_impostor_pairs"]))
+        about = (
+            one_line(network.metadata.get(key, ""))[:LONGEST] for key in ("threshold_from", "init")
+        )
+        return Threshold(degrees, far, int(kept["threshold_impostor_pairs"]), *about)
     except (KeyError, ValueError) as error:
         raise InputError(
             f"{file} carries a threshold that is none ({error}): name one with --threshold"
