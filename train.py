@@ -219,7 +219,7 @@ def train(
 
 
 def draw_curves(run: Path) -> None:
-    import training_curves  # matplotlib and the reader of events: seconds, and for one rank alone
+    import training_curves  # loads matplotlib: seconds, which no other rank needs
 
     training_curves.draw_at_end(run)
 

@@ -454,12 +454,13 @@ def test_a_network_whose_embeddings_have_no_angle_is_refused(place, monkeypatch,
 
 
 def test_names_that_are_not_utf8_are_printed(place, tmp_path, capsys, monkeypatch):
-    odd = tmp_path / os.fsdecode(b"latin-\xe9")
-    shutil.copytree(place / "runs/first", odd)
-    monkeypatch.setattr(config, "default_run", lambda: odd)
+    odd, run = tmp_path / os.fsdecode(b"latin-\xe9"), tmp_path / "two\nlines"
+    odd.mkdir()
+    shutil.copytree(place / "runs/first", run)
+    monkeypatch.setattr(config, "default_run", lambda: run)
     photos = (place / "a.png", place / "b.png")
     said = say(capsys, VerifyOptions(photos=photos, save=odd / "x.png", device="cpu"))
-    assert f"using {tmp_path}/latin-\\udce9\n" in said
+    assert f"using {tmp_path}/two\\nlines\n" in said
     assert f"wrote {tmp_path}/latin-\\udce9/x.png\n" in said
 
 
