@@ -18,6 +18,7 @@ import checkpoint
 import config
 import enrolment
 import face_reader
+import identify
 import models
 import protocol
 import utils
@@ -419,10 +420,10 @@ def test_the_enrolments_name_and_key_hold_all_that_enters_an_embedding(place, pe
         "model": checkpoint.sha256(best),
     }  # fmt: skip
     del settings[0]["model"]
-    name = verify.enrolled_file(best, people, settings[0])
+    name = identify.enrolled_file(best, people, settings[0])
     for key, value in (("network", "r18"), ("device", "cuda")):
-        assert verify.enrolled_file(best, people, {**settings[0], key: value}) != name
-    assert verify.enrolled_file(place / "runs/first/../first" / checkpoint.BEST, people,
+        assert identify.enrolled_file(best, people, {**settings[0], key: value}) != name
+    assert identify.enrolled_file(place / "runs/first/../first" / checkpoint.BEST, people,
                                 settings[0]).name == name.name  # fmt: skip
 
 
