@@ -104,7 +104,7 @@ def load_backbone(
     if file.suffix == ".onnx":
         return OnnxBackbone(file, mean, std)
     state, metadata = read_weights(file, network)
-    if file.suffix in foreign_weights.SUFFIXES and network is None:
+    if "source" in metadata and file.suffix in foreign_weights.SUFFIXES and network is None:
         print(f"{file}: by its keys {described(metadata)}", file=sys.stderr)
     with torch.device("meta"):  # shapes alone: a file that claims more than it holds takes nothing
         fix = "name the --network that it holds, or another file"

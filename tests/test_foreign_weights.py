@@ -147,11 +147,12 @@ def ours(network, tmp_path) -> Path:
     return tmp_path / "last.pt"
 
 
-def test_our_own_checkpoint_tells_by_its_options(ours):
+def test_our_own_checkpoint_tells_by_its_options(ours, capsys):
     assert utils.load_backbone(ours).metadata == {
         "network": "r18", "width": "0.13", "embedding_size": "32",
         "input": "112x112 RGB, (x - 127.5) / 127.5",
     }  # fmt: skip
+    assert capsys.readouterr().err == ""  # nothing was guessed
     assert "says that it holds r18: leave --network out" in refused(ours, "r34")
     state = torch.load(ours, weights_only=True)
     state["options"]["init"] = "x/others/r50.pth"
