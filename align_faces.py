@@ -2,8 +2,8 @@
 
 Pure functions on arrays: no file, no detector, no network.
 
-    matrix = similarity_transform(landmarks)            # photo -> 112x112 crop, or None
-    if matrix is not None and fit_residual(landmarks, matrix) <= MAX_RESIDUAL:
+    matrix = face_transform(landmarks)                  # photo -> 112x112 crop; None: no face
+    if matrix is not None:
         crop = warp(photo, matrix)                      # uint8 (112, 112, 3)
     eyes_in_photo = map_points(invert(matrix), eyes_in_crop)
 
@@ -78,6 +78,14 @@ def fit_residual(landmarks: np.ndarray, matrix: np.ndarray, target: np.ndarray =
     """
     error = map_points(matrix, landmarks) - target  # (K, 2)
     return float(np.sqrt((error**2).sum(axis=1).mean()))
+
+
+def face_transform(landmarks: np.ndarray) -> np.ndarray | None:
+    """``similarity_transform``, or None also where the landmarks fit no face (MAX_RESIDUAL)."""
+    matrix = similarity_transform(landmarks)
+    if matrix is None or fit_residual(landmarks, matrix) > MAX_RESIDUAL:
+        return None
+    return matrix
 
 
 def map_points(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:

@@ -6,6 +6,7 @@ embedded.rows[tests.left]        # float32 (N, E)
 
 import hashlib
 import json
+import os
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -56,16 +57,29 @@ def embed_set(
     ]
     seconds = 0.0
     if missing:
-        network = utils.load_backbone(
-            model, device, options.input_mean, options.input_std, network=options.network
+        normal = options.input_mean, options.input_std
+        network = load_hashed(
+            model, model_file, model_hash, device, *normal, network=options.network
         )
-        if hash_model(model_file) != model_hash:
-            raise InputError(f"{model_file} changed while it was read: run again")
         make_folder(out)  # only now: another kind of file leaves nothing behind
         seconds = embed_photos(network, missing, cache, options)
     rows = np.stack([cache.rows[key] for key in tests.hashes])  # (P, E)
     check(rows, tests.photos, model_file)
     return Embedded(rows, model_hash, device, len(missing), seconds)
+
+
+def load_hashed(
+    model: Path, file: Path, digest: str, *arguments: object, **words: object
+) -> torch.nn.Module:
+    """utils.load_backbone of `file`, whose `hash_model` was `digest` before and still is.
+
+    Raises InputError as that does, and where train.py replaced the file meanwhile: what is filed
+    under the hash would come from other weights.
+    """
+    network = utils.load_backbone(model, *arguments, **words)
+    if hash_model(file) != digest:
+        raise InputError(f"{file} changed while it was read: run again")
+    return network
 
 
 def hash_model(file: Path) -> str:
@@ -75,7 +89,7 @@ def hash_model(file: Path) -> str:
     graph = file.read_bytes()
     parts = [hashlib.sha256(graph).hexdigest()]
     for other in sorted(file.parent.iterdir()):  # weights above 2 GB lie in files of their own
-        if other != file and other.is_file() and other.name.encode() in graph:
+        if other != file and other.is_file() and os.fsencode(other.name) in graph:
             parts.append(sha256(other))
     return parts[0] if len(parts) == 1 else hashlib.sha256("".join(parts).encode()).hexdigest()
 

@@ -76,7 +76,10 @@ def refresh(
     """
     photos, outside = list_gallery(gallery)
     known = load(file, settings)
-    if not _plan(gallery, photos, known) and known.keys() == set(photos):
+    todo = _plan(gallery, photos, known)
+    if known.keys() == set(photos) and all(
+        _as_before(gallery / photo, known[photo], max_pixels) for photo in todo
+    ):
         return Enrolled(known, 0, 0, outside)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -123,6 +126,18 @@ def _plan(gallery: Path, photos: list[str], known: dict[str, Entry]) -> list[str
     return todo
 
 
+def _as_before(path: Path, entry: Entry, max_pixels: int) -> bool:
+    """Whether a photo that could not be read the last time can't be for the same reason."""
+    if entry.sha256:
+        return False
+    found, pixels = _open(path, {}, max_pixels)
+    return pixels is None and _plainly(found) == _plainly(entry)
+
+
+def _plainly(entry: Entry) -> tuple[int, int, str, str]:
+    return entry.size, entry.mtime_ns, entry.sha256, entry.reason
+
+
 def _stamp(path: Path) -> tuple[int, int]:
     try:
         found = path.stat()
@@ -149,7 +164,10 @@ def _enrol(
             seen = {photo: pixels for photo, _, pixels in batch if pixels is not None}
             read = dict(zip(seen, reader.read(list(seen.values())), strict=True))
             for photo, entry, _ in batch:
-                entries[photo] = _with_face(entry, read[photo]) if photo in read else entry
+                entry = _with_face(entry, read[photo]) if photo in read else entry
+                entries[photo] = entry
+                if entry.sha256:
+                    by_hash[entry.sha256] = entry  # a copy further on needs no second look
             new += len(read)
             progress.update(len(batch))
             if time.monotonic() - saved > SAVE_EVERY:
@@ -186,6 +204,7 @@ def _open(
 ) -> tuple[Entry, np.ndarray | None]:
     """-> the entry so far and the pixels; none where it can't be read, or is known by its hash."""
     size, mtime_ns = _stamp(path)  # before reading: a change meanwhile is seen the next time
+    key = ""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # opening a FIFO would wait forever
             return Entry(size, mtime_ns, "", "not a regular file"), None
@@ -194,7 +213,9 @@ def _open(
             return replace(by_hash[key], size=size, mtime_ns=mtime_ns), None
         return Entry(size, mtime_ns, key), read_image(path, max_pixels)
     except UnreadableImage as error:
-        return Entry(size, mtime_ns, "", str(error)), None  # no hash: it is tried again
+        again = str(error).startswith("too many pixels") or getattr(error.__cause__, "errno", None)
+        # No hash: it is tried again, with another --max-pixels or a disk that reads.
+        return Entry(size, mtime_ns, "" if again else key, str(error)), None
     except OSError as error:
         return Entry(size, mtime_ns, "", (error.strerror or str(error)).lower()), None
 
@@ -262,9 +283,14 @@ def save(file: Path, entries: dict[str, Entry], settings: dict) -> None:
 
 
 def _unpack(tensors: dict[str, np.ndarray]) -> dict[str, Entry]:
+    listed = json.loads(tensors["photos"].tobytes())
+    count = sum(not reason for *_, reason in listed)
+    shapes = [tensors[key].shape for key in ("boxes", "landmarks", "embeddings")]
+    if shapes != [(count, 4), (count, 5, 2), (count, *shapes[2][1:2])]:
+        raise ValueError(f"{count} faces in arrays of {shapes}")
     faces = zip(tensors["boxes"], tensors["landmarks"], tensors["embeddings"], strict=True)
     entries = {}
-    for photo, size, mtime_ns, key, reason in json.loads(tensors["photos"].tobytes()):
+    for photo, size, mtime_ns, key, reason in listed:
         entry = Entry(size, mtime_ns, key, reason)
         entries[photo] = entry if reason else Entry(size, mtime_ns, key, reason, *next(faces))
     return entries

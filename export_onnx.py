@@ -12,8 +12,9 @@ Writes into the folder, the same bytes for the same weights and commit:
                        normalised; N is free, BN is folded
     NAME.safetensors   the weights as train.py keeps them, for load_backbone and train.py --init
     NAME.md            the model card: data, protocol, figures, limits, intended use. What it says
-                       comes from the run's config.json, result.json and reports (eval.json)
-    NAME.sha256        of these three, for sha256sum -c
+                       comes from the run's config.json, result.json and reports (eval.json).
+                       Add what only you know: a card that differs is never written over
+    NAME.sha256        of the two model files, for sha256sum -c
 Both model files carry the same metadata: network, width, embedding_size, input, commit, threshold.
 The ONNX file is held against PyTorch in onnxruntime before anything is written.
 """
@@ -42,6 +43,7 @@ import foreign_weights
 import model_card
 import utils
 from config import ExportOptions, InputError
+from photo_folders import one_line
 
 OPSET = 17  # onnxruntime >= 1.12 reads it
 LEAST_COSINE = 0.99999  # to PyTorch, of every embedding looked at
@@ -55,11 +57,13 @@ def main(options: ExportOptions) -> None:
     model = options.model
     if model is None:
         model = config.default_run()
-        print(f"no --model named: using {model}")
+        print(f"no --model named: using {one_line(str(model))}")
+    utils.check_foreign((model,), options.network)
     source = utils.model_file(model)
     if source.suffix == ".onnx":
         raise InputError(f"{source} is an ONNX file already: name a run folder or weights")
-    network = utils.load_backbone(model, fold=False, network=options.network)
+    digest = embeddings.hash_model(source)
+    network = embeddings.load_hashed(model, source, digest, fold=False, network=options.network)
     metadata = complete(network.metadata)
     out, name = place(options, source, metadata["network"])
 
@@ -74,10 +78,11 @@ def main(options: ExportOptions) -> None:
         f"{name}.onnx": graph,
         f"{name}.safetensors": checkpoint.weights_bytes(network.state_dict(), metadata),
     }
-    card = model_card.text(name, source, metadata, files, network)
-    write(out, name, {**files, f"{name}.md": card.encode()}, source)
-    command = f"python lfw_eval.py --model {shlex.quote(str(out / name))}.onnx"
-    print(f"{out}: {name}.onnx, .safetensors, .md and .sha256; next: {command}")
+    card = model_card.text(name, source, digest, metadata, files, network)
+    write(out, name, files, card, source)
+    shown = one_line(str(out))
+    command = f"python lfw_eval.py --model {shlex.quote(f'{shown}/{name}.onnx')}"
+    print(f"{shown}: {name}.onnx, .safetensors, .md and .sha256; next: {command}")
 
 
 def complete(metadata: dict[str, str]) -> dict[str, str]:
@@ -96,12 +101,11 @@ def complete(metadata: dict[str, str]) -> dict[str, str]:
 def place(options: ExportOptions, source: Path, network: str) -> tuple[Path, str]:
     """The folder, and the files' name: not the run's, so that lfw_eval.py's reports differ, too."""
     of_run = source.name == checkpoint.BEST
-    home = source.parent if of_run else config.RUNS / source.stem
     stem = source.resolve().parent.name if of_run else source.stem
     name = options.name if options.name is not None else f"{stem}-{network}"
     if not name.isprintable() or set(name) & set("/\\") or name.startswith((".", "-")) or not name:
         raise InputError(f"{name!r} is no plain name of a file: choose another with --name")
-    return options.out or home / "export", name
+    return options.out or utils.home_of(source) / "export", name
 
 
 def to_onnx(network: nn.Module, metadata: dict[str, str]) -> bytes:
@@ -164,15 +168,26 @@ def check(graph: bytes, network: nn.Module, source: Path) -> float:
     return lowest
 
 
-def write(out: Path, name: str, files: dict[str, bytes], source: Path) -> None:
-    """The sums come last: while they are absent, the folder is not complete."""
-    embeddings.make_folder(out)
+def write(out: Path, name: str, files: dict[str, bytes], card: str, source: Path) -> None:
+    """The sums come last: while they are absent, the folder is not complete.
+
+    They leave the card out, which people edit. Raises InputError, before anything is written: it
+    would go over the weights themselves, or over a card with other words.
+    """
+    page = out / f"{name}.md"
     if any((out / file).resolve() == source.resolve() for file in files):
         raise InputError(f"{source} would be written over: name another --out or --name")
+    if page.exists() and page.read_bytes() != card.encode():
+        raise InputError(
+            f"{page} is not the card that would be written (edited, or of other weights): move it "
+            "away, or name another --out or --name"
+        )
+    embeddings.make_folder(out)
     sums = out / f"{name}.sha256"
     sums.unlink(missing_ok=True)
     for file, content in files.items():
         checkpoint.write_atomic(out / file, content)
+    checkpoint.write_atomic(page, card.encode())
     lines = [f"{hashlib.sha256(content).hexdigest()}  {file}\n" for file, content in files.items()]
     checkpoint.write_atomic(sums, "".join(lines).encode())
 

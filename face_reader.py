@@ -7,7 +7,10 @@
 Legend of shapes: F faces, E embedding size.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +20,8 @@ import utils
 from config import InputError
 from crop_faces import NO_FACE, NO_SHAPE
 from detect_faces import FaceDetector, Faces, central_face
+from images import UnreadableImage, read_image
+from photo_folders import one_line
 
 BATCH = 32  # crops embedded together
 
@@ -37,6 +42,24 @@ class Read:
     faces: list[Face]
     found: int  # faces that the detector sees
     reason: str = ""
+
+
+class Photo(NamedTuple):
+    path: Path
+    pixels: np.ndarray  # uint8 (H, W, 3)
+    read: Read
+
+    @property
+    def boxes(self) -> list[np.ndarray]:
+        return [face.box for face in self.read.faces]
+
+    @property
+    def embeddings(self) -> np.ndarray:
+        return np.stack([face.embedding for face in self.read.faces])  # (F, E)
+
+    @property
+    def plain_boxes(self) -> list[list[float]]:
+        return [[round(float(value), 2) for value in box] for box in self.boxes]
 
 
 class FaceReader:
@@ -91,10 +114,8 @@ def choose(
 
 def upright(photo: np.ndarray, landmarks: np.ndarray) -> np.ndarray | None:
     """The crop, or None where the landmarks are no face: the rule of pre_process.py."""
-    matrix = align_faces.similarity_transform(landmarks)
-    if matrix is None or align_faces.fit_residual(landmarks, matrix) > align_faces.MAX_RESIDUAL:
-        return None
-    return align_faces.warp(photo, matrix)
+    matrix = align_faces.face_transform(landmarks)
+    return None if matrix is None else align_faces.warp(photo, matrix)
 
 
 def embed_crops(network: torch.nn.Module, crops: list[np.ndarray]) -> np.ndarray:
@@ -113,3 +134,34 @@ def embed_crops(network: torch.nn.Module, crops: list[np.ndarray]) -> np.ndarray
             "it is broken, name another --model"
         )
     return (rows / lengths).astype(np.float32)
+
+
+def look(
+    paths: Iterable[Path], reader: FaceReader, max_pixels: int, every: bool = False
+) -> list[Photo]:
+    """Read the photos that a person names.
+
+    Raises InputError: one can't be read, or shows no face.
+    """
+    photos = []
+    for path in paths:
+        try:
+            pixels = read_image(path, max_pixels)
+        except UnreadableImage as error:
+            hint = "name a photo" if path.exists() else "check its name"
+            hint = "a folder of people goes with --gallery" if path.is_dir() else hint
+            raise InputError(f"{path}: {error}: {hint}") from error
+        read = reader.read([pixels], every)[0]
+        if read.reason:
+            raise InputError(f"{path}: {read.reason}: name another photo, or try --min-face-size")
+        photos.append(Photo(path, pixels, read))
+    return photos
+
+
+def several_lines(*photos: Photo) -> list[str]:
+    return [
+        f"{one_line(str(photo.path))}: {photo.read.found} faces, the central one is taken "
+        "(--all for every one)"
+        for photo in photos
+        if photo.read.found > 1
+    ]

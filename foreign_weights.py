@@ -1,6 +1,7 @@
 """Weights of others: a state dict that torch.save wrote -> the same for one of our networks.
 
 state, metadata = load(Path("backbone.pth"), "r50")      # or None: told by the keys
+state, metadata = load(Path("runs/first/last.pt"))       # our own: told by its options
 
 The keys of InsightFace's PyTorch backbones (arcface_torch: iresnet, MobileFaceNet) are those of
 models.py, and so is what surrounds them: RGB in [-1, 1], BN with eps 1e-5. Only tensors are read;
@@ -14,24 +15,44 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import checkpoint
 import models
 from config import InputError
+from photo_folders import one_line
 
 SUFFIXES = (".pth", ".pt")
 INPUT = "112x112 RGB, (x - 127.5) / 127.5"
 # Where checkpoints keep a backbone: common use, arcface_torch, our last.pt.
 WRAPPERS = ("state_dict", "state_dict_backbone", "backbone")
+# Keys whose first size is a stage's channels, and how many those are at width 1.
+IRESNET = {f"layer{k + 1}.0.conv2.weight": c for k, c in enumerate((64, 128, 256, 512))}
+MBF = {
+    "layers.0.layers.0.weight": 128,
+    "layers.4.layers.2.layers.0.weight": 256,
+    "conv_sep.layers.0.weight": 512,
+}
 PREFIXES = ("module.", "_orig_mod.")  # of DDP and of torch.compile
 
 
-def load(file: Path, network: str | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
+def load(
+    file: Path, network: str | None = None, otherwise: str | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """-> state dict (any float type) and metadata: network, width, embedding_size, input, source.
 
-    That all keys fit is left to checkpoint.load_state. Raises InputError: no plain state dict, or
+    `network` goes before what the keys tell, `otherwise` is taken where they tell nothing. That all
+    keys fit is left to checkpoint.load_state. Raises InputError: damaged, no plain state dict, or
     of a network that its keys do not tell.
     """
-    state = plain(_load(file), file)
-    network = network or told_by(state)
+    damage = checkpoint._damage(file, checkpoint._read_hashes(file.parent))
+    if damage:
+        raise InputError(f"{file} {damage}: restore the file, or name another one")
+    saved = _load(file)
+    state = plain(saved, file)
+    if own := told_by_us(saved):
+        if network not in (None, own["network"]):
+            raise InputError(f"{file} says that it holds {own['network']}: leave --network out")
+        return state, own
+    network = network or told_by(state) or otherwise
     if network is None:
         raise InputError(
             f"{file}: its keys do not tell which network it holds (the first: "
@@ -44,7 +65,7 @@ def load(file: Path, network: str | None = None) -> tuple[dict[str, Tensor], dic
         "width": repr(width),
         "embedding_size": str(embedding_size),
         "input": INPUT,
-        "source": file.name,
+        "source": one_line(file.name),
     }
 
 
@@ -90,10 +111,29 @@ def plain(saved: object, file: Path) -> dict[str, Tensor]:
                 f"{file} is no plain state dict: {str(key)[:80]} is a {type(value).__name__}, no "
                 "dense tensor of real numbers; name a file of weights alone"
             )
-    for prefix in PREFIXES:
-        if all(key.startswith(prefix) for key in saved):
-            saved = {key.removeprefix(prefix): value for key, value in saved.items()}
+    while prefix := next((p for p in PREFIXES if all(key.startswith(p) for key in saved)), None):
+        saved = {key.removeprefix(prefix): value for key, value in saved.items()}
     return dict(saved)
+
+
+def told_by_us(saved: object) -> dict[str, str] | None:
+    """Metadata of a checkpoint of train.py, which holds its options; None for all else."""
+    if not isinstance(saved, dict) or not {"format", "backbone", "options"} <= saved.keys():
+        return None
+    options = saved["options"]
+    kind = {"network": str, "width": (int, float), "embedding_size": int}
+    if not isinstance(options, dict) or not all(
+        isinstance(options.get(key), types) for key, types in kind.items()
+    ):
+        return None
+    origin = saved.get("origin") or options.get("init")
+    return {
+        "network": options["network"],
+        "width": repr(float(options["width"])),
+        "embedding_size": str(options["embedding_size"]),
+        "input": INPUT,
+        **({"init": one_line(str(origin))} if origin else {}),
+    }
 
 
 def told_by(state: dict[str, Tensor]) -> str | None:
@@ -112,11 +152,24 @@ def told_by(state: dict[str, Tensor]) -> str | None:
 
 
 def sizes(state: dict[str, Tensor], network: str) -> tuple[float, int]:
-    """Width and embedding size by shapes; the published ones where there is nothing to tell."""
-    last, linear = ("layer4.0.conv2.weight", "fc.weight")
+    """Width and embedding size by shapes; the published ones where there is nothing to tell.
+
+    models._scaled rounds channels to multiples of 8, at least 16: each stage leaves an interval of
+    widths. In the one that all leave, the width by the last stage is taken if it lies there (1.0,
+    0.5, 0.25 come out as such), else the middle.
+    """
+    stages, linear = IRESNET, "fc.weight"
     if network == "mbf":
-        last, linear = ("conv_sep.layers.0.weight", "features.layers.2.weight")
-    channels, embedding_size = (
-        state[key].shape[0] if key in state and state[key].ndim else 512 for key in (last, linear)
-    )
-    return channels / 512, embedding_size
+        stages, linear = MBF, "features.layers.2.weight"
+    found = {key: state[key].shape[0] for key in (*stages, linear)
+             if key in state and state[key].ndim}  # fmt: skip
+    low, high, width = 1e-6, float("inf"), 1.0
+    for key, base in stages.items():
+        if key in found:
+            channels = found[key]
+            low = max(low, (channels - 4) / base if channels > 16 else low)
+            high = min(high, (channels + 4) / base)
+            width = channels / base
+    if not low < width < high:
+        width = (low + high) / 2
+    return width, found.get(linear, 512)

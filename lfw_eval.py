@@ -39,7 +39,6 @@ import torch
 
 import comparison
 import embeddings
-import foreign_weights
 import plots
 import report
 import scores
@@ -144,11 +143,7 @@ def with_defaults(options: config.EvalOptions) -> config.EvalOptions:
         data = config.SYNTHETIC / "test" if drawn else config.DATA / "lfw"
         what = "the embedded synthetic faces" if drawn else "LFW"
         print(f"no --data named: using {what}, {data}")
-    normal = (options.input_mean, options.input_std) == (127.5, 127.5)
-    if not normal and not any(path.suffix == ".onnx" for path in model):
-        raise InputError("--input-mean and --input-std are for an .onnx: our models say their own")
-    if options.network and not any(path.suffix in foreign_weights.SUFFIXES for path in model):
-        raise InputError("--network is for a .pth or .pt: our models say which one they are")
+    utils.check_foreign(model, options.network, options.input_mean, options.input_std)
     if packed:
         return dataclasses.replace(options, model=model)
     if not data.is_dir():
@@ -212,8 +207,7 @@ def report_folder(options: config.EvalOptions, name: str, file: Path, tests: str
     else runs/<stem of the model's file>/<tests>."""
     if options.out is not None:
         return options.out / name if len(options.model) > 1 else options.out
-    home = file.parent if file.name == BEST else config.RUNS / file.stem
-    return home / tests
+    return utils.home_of(file) / tests
 
 
 def shown(value: object) -> object:

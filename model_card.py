@@ -1,6 +1,6 @@
 """The page that goes with published weights: what they are, were trained on, can do and must not.
 
-text("first-se-r18", Path("runs/first/best.safetensors"), metadata, files, network)
+text("first-se-r18", Path("runs/first/best.safetensors"), sha256, metadata, files, network)
 
 Figures come from the run's config.json and result.json, from the weights' own metadata, and from
 the eval.json of reports on these very weights (by their sha256). What is not there is said to be
@@ -13,23 +13,41 @@ from pathlib import Path
 
 from torch import nn
 
-import config
 import models
-from checkpoint import BEST, sha256
+import utils
+from checkpoint import BEST
 from download import LFW_PAIRS
 
 UNKNOWN = "unknown"
 VIEW_2 = LFW_PAIRS[0].sha256
+MARGINS = {"arcface": ("m",), "cosface": ("m3",), "combined": ("m1", "m", "m3")}  # their own
+SETTINGS = (
+    "s", "easy_margin", "focal_gamma", "head", "sample_rate", "epochs", "batch_size", "lr",
+    "lr_batch", "schedule", "milestones", "warmup", "weight_decay", "dropout", "augment",
+    "min_images", "seed",
+)  # fmt: skip
+# Values that mean "not used", which are left out; None: whatever it is.
+OFF = {
+    "easy_margin": False, "focal_gamma": 0, "sample_rate": 1, "lr_batch": 0, "milestones": None,
+    "warmup": 0, "weight_decay": 0, "dropout": 0, "augment": "none", "min_images": 1,
+}  # fmt: skip
 
 
 def text(
-    name: str, source: Path, metadata: dict[str, str], files: dict[str, bytes], network: nn.Module
+    name: str,
+    source: Path,
+    digest: str,
+    metadata: dict[str, str],
+    files: dict[str, bytes],
+    network: nn.Module,
 ) -> str:
-    """Markdown. `files` are those that the card goes with: name -> content."""
+    """Markdown. `files` are those that the card goes with: name -> content.
+
+    `digest` is the sha256 of `source` as it was when the network was read.
+    """
     run = source.parent if source.name == BEST else None
     trained = read_json(run / "config.json") if run else {}
     result = read_json(run / "result.json") if run else {}
-    home = run or config.RUNS / source.stem
     parts = [
         f"# {name}",
         about(metadata, network),
@@ -38,7 +56,7 @@ def text(
             f"- `{file}`: sha256 `{hashlib.sha256(data).hexdigest()}`"
             for file, data in files.items()
         ),
-        f"- made from a file with sha256 `{sha256(source)}`; the ONNX graph agrees with PyTorch to "
+        f"- made from a file with sha256 `{digest}`; the ONNX graph agrees with PyTorch to "
         "a cosine of 0.99999 or better on drawn patterns",
         "",
         "## Training data and protocol",
@@ -47,7 +65,7 @@ def text(
         "## Figures",
         *validation(metadata),
         "",
-        *tests(home, sha256(source)),
+        *tests(utils.home_of(source), digest),
         "",
         *advice(metadata),
     ]
@@ -81,9 +99,7 @@ def training(metadata: dict[str, str], trained: dict, result: dict) -> list[str]
         f"- started from: {cell(origin)}"
         + (" (whose training data count, too)" if "init" in metadata else ""),
     ]
-    wanted = ("margin", "s", "m", "epochs", "batch_size", "lr", "schedule", "augment", "seed")
-    settings = [f"{key} {cell(options[key])}" for key in wanted if key in options]
-    lines.append(f"- settings: {', '.join(settings) or UNKNOWN}")
+    lines.append(f"- settings: {', '.join(settings(options)) or UNKNOWN}")
     steps = cell(result.get("steps", "the run has not finished" if options else UNKNOWN))
     lines.append(
         f"- steps: {steps}; "
@@ -95,6 +111,22 @@ def training(metadata: dict[str, str], trained: dict, result: dict) -> list[str]
         f"{cell(metadata['export_commit'])}"
     )
     return lines
+
+
+def settings(options: dict) -> list[str]:
+    """What shaped the weights, without what the run had switched off or its margin does not use."""
+    wanted = ("margin", *MARGINS.get(str(options.get("margin")), ()), *SETTINGS)
+    off = dict(OFF)
+    if options.get("schedule") == "step":
+        del off["milestones"]
+    found = []
+    for key in wanted:
+        value = options.get(key)
+        if key not in options or (key in off and off[key] in (None, value)):
+            continue
+        words = value if isinstance(value, list) else [value]
+        found.append(f"{key} {' '.join(map(cell, words))}")
+    return found
 
 
 def validation(metadata: dict[str, str]) -> list[str]:
@@ -109,11 +141,15 @@ def validation(metadata: dict[str, str]) -> list[str]:
     degrees, far = (number(metadata.get(f"threshold_{key}")) for key in ("degrees", "far"))
     if degrees is None or far is None:
         return [*lines, "- threshold: not measured; choose one on pairs of your own"]
-    pairs = count(metadata, "threshold_impostor_pairs")
+    pairs = f"{count(metadata, 'threshold_impostor_pairs')} impostor pairs"
+    if "threshold_from" in metadata:
+        pairs += f" of {cell(metadata['threshold_from'])}"
+    if "init" in metadata:
+        pairs += " (people whom the weights it started from may have seen)"
     return [
         *lines,
         f"- threshold: {degrees:.2f} degrees, below which two photos are taken for one person. It "
-        f"accepted {100 * far:g} % of {pairs} impostor pairs of the validation; other people, "
+        f"accepted {100 * far:g} % of {pairs}; other people, "
         "cameras and ages give other rates",
     ]
 
@@ -158,7 +194,7 @@ def row(found: dict) -> str:
 
 
 def advice(metadata: dict[str, str]) -> list[str]:
-    foreign = "source" in metadata
+    foreign = "source" in metadata or "init" in metadata
     return [
         "## Limits",
         "- Errors by age, sex, skin colour, pose, picture quality and camera were not measured.",

@@ -14,6 +14,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from checkpoint import write_atomic
 from config import InputError
+from face_reader import Photo
+from photo_folders import one_line
 from plots import PAPER
 
 KINDS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
@@ -27,6 +29,19 @@ class Shown(NamedTuple):
     boxes: list[np.ndarray]  # (4,) each
     taken: int  # which of the boxes
     crop: np.ndarray  # uint8 (112, 112, 3)
+
+
+class Pair(NamedTuple):
+    """What --save draws."""
+
+    left: Shown
+    right: Shown
+    angle: float
+
+
+def shown(photo: Photo, index: int) -> Shown:
+    crop = photo.read.faces[index].crop
+    return Shown(one_line(photo.path.name), photo.pixels, photo.boxes, index, crop)
 
 
 def check(path: Path, photos: list[Path]) -> None:

@@ -1,5 +1,6 @@
-"""README's pictures, from drawn faces and from plots alone. Run `make demo` first.
+"""README's pictures, from drawn faces and from plots alone.
 
+    make demo        # once: what they show
     make pictures
 
 images/faces.png       drawn photos, and the same faces aligned
@@ -10,7 +11,7 @@ images/theta_lfw.png   the plot of lfw_eval.py for the reference network, where 
 What can't be made is told, and the picture that is there stays.
 """
 
-import shutil
+import io
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ import config
 import manifest
 import training_curves
 import verify
-from checkpoint import BEST
+from checkpoint import BEST, write_atomic
 from images import read_image
 
 PEOPLE, GAP = 8, 4
@@ -30,24 +31,39 @@ IMAGES = config.ROOT / "images"
 
 def main(_: None) -> None:
     IMAGES.mkdir(exist_ok=True)
-    demo = config.RUNS / "demo"
+    drawn, demo = config.SYNTHETIC / "train", config.RUNS / "demo"
     reference = config.RUNS / "face_embedder" / "lfw" / "theta_dist.png"
-    made = [IMAGES / "faces.png"]
-    save_faces(made[0], config.SYNTHETIC / "train")
-    if (demo / BEST).exists():
-        made.append(IMAGES / "pair.jpg")
-        photos = tuple(config.SYNTHETIC / "test" / "raw" / name for name in PAIR)
-        verify.main(config.VerifyOptions(photos=photos, model=demo, save=made[-1]))
-    if (demo / "result.json").exists():
-        made.append(IMAGES / "curves.png")
-        shutil.copyfile(training_curves.write(demo), made[-1])
-    if reference.exists():
-        made.append(IMAGES / "theta_lfw.png")
-        shutil.copyfile(reference, made[-1])
-    print("wrote", *(path.name for path in made))
-    for name, needs in (("pair.jpg", demo), ("curves.png", demo), ("theta_lfw.png", reference)):
-        if IMAGES / name not in made:
-            print(f"{name} is left as it is: it needs {needs}")
+    photos = tuple(config.SYNTHETIC / "test" / "raw" / name for name in PAIR)
+    ways = (
+        ("faces.png", (drawn / manifest.NAME,), lambda path: save_faces(path, drawn)),
+        ("pair.jpg", (demo / BEST, *photos), lambda path: save_pair(path, photos, demo)),
+        (
+            "curves.png",
+            (demo / "result.json",),
+            lambda path: save_curves(path, demo),
+        ),
+        ("theta_lfw.png", (reference,), lambda path: copy(reference, path)),
+    )
+    for name, needs, make in ways:
+        missing = next((path for path in needs if not path.exists()), None)
+        if missing is None:
+            make(IMAGES / name)
+            print(f"wrote {IMAGES / name}")
+        else:
+            how = "run lfw_eval.py for it" if missing == reference else "run make demo first"
+            print(f"{name} is left as it is: {missing} is not there, {how}")
+
+
+def save_pair(path: Path, photos: tuple[Path, ...], model: Path) -> None:
+    verify.main(config.VerifyOptions(photos=photos, model=model, save=path))
+
+
+def save_curves(path: Path, run: Path) -> None:
+    copy(training_curves.write(run), path)
+
+
+def copy(source: Path, path: Path) -> None:
+    write_atomic(path, source.read_bytes())
 
 
 def save_faces(path: Path, folder: Path) -> None:
@@ -72,7 +88,9 @@ def save(path: Path, photos: list[np.ndarray], crops: list[np.ndarray]) -> None:
         x = place * (width + GAP)
         canvas.paste(Image.fromarray(photo), (x, 0))
         canvas.paste(Image.fromarray(crop), (x + (width - side) // 2, height + GAP))
-    canvas.save(path, optimize=True)
+    buffer = io.BytesIO()
+    canvas.save(buffer, "PNG", optimize=True)
+    write_atomic(path, buffer.getvalue())
 
 
 if __name__ == "__main__":

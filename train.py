@@ -46,7 +46,6 @@ import checkpoint
 import data_gen
 import distributed
 import models
-import training_curves
 import training_state
 import utils
 from arcface import focal, validate_labels
@@ -121,7 +120,8 @@ def main(options: TrainOptions) -> int:
         )
     faces, validation = make_validation(faces, options)
     check_data(faces, options)
-    distributed.say(f"validation: {validation.what}" if validation else "no validation")
+    said = f"validation: {len(validation.pairs):,} pairs of {validation.what}" if validation else ""
+    distributed.say(said or "no validation")
 
     distributed.barrier()  # every rank has looked at the folder before the first one writes
     first = distributed.rank() == 0
@@ -166,7 +166,8 @@ def train(
         step, best = saved["step"], saved["best"]
         distributed.say(f"going on from step {step}")
     elif options.init:
-        net.backbone.load_state_dict(training_state.initial_weights(options))
+        state, net.origin = training_state.initial_weights(options)
+        net.backbone.load_state_dict(state)
         distributed.say(f"backbone from {options.init}, the head is new")
     sampler = data_gen.RunSampler(
         len(faces), options.batch_size, options.epochs, options.seed, step,
@@ -211,11 +212,17 @@ def train(
     if distributed.rank() == 0:
         result = {"steps": step, "validation": best if validation else None}
         checkpoint.write_json(run / "result.json", result)
-        training_curves.draw_at_end(run)
+        draw_curves(run)
     said = f"best validation accuracy {best:.2%}, " if validation else ""
     next_ = f"python lfw_eval.py --model {shlex.quote(str(run))}"
     distributed.say(f"{run} is finished: {said}{step} steps; next: {next_}")
     return 0
+
+
+def draw_curves(run: Path) -> None:
+    import training_curves  # loads matplotlib: seconds, which no other rank needs
+
+    training_curves.draw_at_end(run)
 
 
 def validate(
@@ -234,7 +241,7 @@ def validate(
     log.validation(step, score.accuracy)
     if score.accuracy <= best:  # false for NaN: with nothing to compare, the last one counts
         return best
-    training_state.save_best(run, net.backbone, options, faces, score)
+    training_state.save_best(run, net, options, faces, score, validation.what if validation else "")
     return score.accuracy if validation else best
 
 

@@ -1,8 +1,9 @@
 """The curves of a run as one picture, read back from TensorBoard's event files.
 
-python training_curves.py runs/first    # runs/first/curves.png, which train.py writes at its end
+    python training_curves.py runs/first    # -> runs/first/curves.png
 
-The files of a run that was stopped and resumed are read together, one value a step.
+train.py does it by itself at a run's end; this is for one under way. The files of a run that was
+stopped and resumed are read together, one value a step.
 """
 
 import sys
@@ -61,9 +62,14 @@ def write(run: Path) -> Path:
 
     Raises InputError: they hold no curve.
     """
-    curves = read(run) if any(run.glob(EVENTS)) else {}
-    if not curves:
+    if not any(run.glob(EVENTS)):
         raise InputError(f"{run} holds no curves of TensorBoard: nothing to draw")
+    curves = read(run)
+    if not curves:
+        raise InputError(
+            f"{run}: nothing can be read from {EVENTS}, which are damaged or of a run that has "
+            "only begun: restore them, or wait for the run's first line"
+        )
     plots.save_png(figure(curves), run / NAME, run.resolve().name)
     return run / NAME
 
@@ -100,7 +106,7 @@ def figure(curves: dict[str, Curve]) -> Figure:
         plots.dress(axes)
         axes.set_title(title, fontsize=9, color=plots.PAPER["ink"], loc="left")
         axes.grid(color=plots.PAPER["line"], linewidth=0.6)
-        axes.set_xlim(0, 1.01 * last)  # the last point is whole
+        axes.set_xlim(0, 1.01 * max(last, 1))  # the last point is whole; step 0 alone has room
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         factor = 100 if unit == "%" else 1
@@ -128,6 +134,8 @@ def main(run: Path) -> None:
 
 
 if __name__ == "__main__":
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        sys.exit(print(__doc__))
     if len(sys.argv) != 2:
         sys.exit(config.complain("name one run folder: python training_curves.py runs/first", 2))
     config.run(main, Path(sys.argv[1]))

@@ -10,20 +10,23 @@ import sys
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import checkpoint
 import config
 import data_gen
 import distributed
+import foreign_weights
 import models
 import utils
 from config import InputError, TrainOptions
+from photo_folders import one_line
 from sharded_head import ShardedHead
 from training_step import Net, seed_of_rank
 from validation import Score
 
 FORMAT = 2  # of a checkpoint
+_LONGEST = 500  # letters about where weights are from: a chain of fine-tunings grows
 
 
 def save(
@@ -63,6 +66,7 @@ def save(
             "rng_cuda": rng_cuda,
             "identities": faces.identities,
             "photos": photos,
+            "origin": net.origin,
             "options": config.plain(options),
         }
         checkpoint.save_checkpoint(run, state)
@@ -137,6 +141,8 @@ def restore(saved: dict, net: Net, run: Path) -> None:
     if saved["scaler"] and net.scaler.is_enabled():  # it was on a card, and is
         net.scaler.load_state_dict(saved["scaler"])
     net.overflows, net.all_overflows = saved["overflows"]
+    init = saved["options"].get("init") or ""
+    net.origin = saved.get("origin", shortened(Path(init)) if init else "")  # absent in older ones
     ranks, rank = len(saved["rng"]), distributed.rank()
     if ranks != distributed.ranks():
         distributed.say(
@@ -150,8 +156,8 @@ def restore(saved: dict, net: Net, run: Path) -> None:
         torch.cuda.set_rng_state(saved["rng_cuda"][rank].clone(), net.device)
 
 
-def initial_weights(options: TrainOptions) -> dict[str, Tensor]:
-    """The backbone that --init names, for a run that has no checkpoint yet.
+def initial_weights(options: TrainOptions) -> tuple[dict[str, Tensor], str]:
+    """The backbone that --init names, for a run that has no checkpoint yet, and where it is from.
 
     Raises InputError: no weights to train, or of another network, width or embedding size.
     """
@@ -161,15 +167,31 @@ def initial_weights(options: TrainOptions) -> dict[str, Tensor]:
             f"--init {file}: an .onnx holds a graph, no weights to train; name a run folder, a "
             ".safetensors, .pth or .pt"
         )
-    state, metadata = utils.read_weights(file)
+    state, metadata = utils.read_weights(file, otherwise=options.network)
     with torch.device("meta"):  # shapes alone
         network = models.create(
             options.network, options.embedding_size, options.dropout, options.width
         )
-    checkpoint.check_state(
-        network, state, file, f"--init takes its --network and sizes ({utils.described(metadata)})"
-    )
-    return state
+    fix = f"--init takes its --network and sizes ({utils.described(metadata)})"
+    if file.suffix in foreign_weights.SUFFIXES and not foreign_weights.told_by(state):
+        fix = "name weights whose keys are those of our networks"
+    checkpoint.check_state(network, state, file, fix)
+    return state, origin(file, metadata)
+
+
+def origin(file: Path, metadata: dict[str, str]) -> str:
+    """A file of weights and what went into it before: all of their data and licences count."""
+    said = shortened(file)
+    for key, how in (("init", "started from"), ("source", "made from")):
+        earlier = metadata.get(key, "")
+        if earlier and earlier != one_line(file.name):
+            said += f", {how} {one_line(earlier)}"
+    return said[:_LONGEST]
+
+
+def shortened(path: Path) -> str:
+    """Its last two parts: where somebody keeps it is nobody's business."""
+    return one_line("/".join(Path(config.canonical(path)).parts[-2:]))
 
 
 def load_centres(run: Path, parts: dict[str, str], head: ShardedHead) -> Tensor | None:
@@ -198,10 +220,11 @@ def load_centres(run: Path, parts: dict[str, str], head: ShardedHead) -> Tensor 
 
 def save_best(
     run: Path,
-    backbone: nn.Module,
+    net: Net,
     options: TrainOptions,
     faces: data_gen.FaceSet,
     score: Score,
+    validated_on: str,
 ) -> None:
     """The weights with all that a user of them must know."""
     if distributed.rank():
@@ -210,18 +233,19 @@ def save_best(
         "network": options.network,
         "width": repr(options.width),
         "embedding_size": str(options.embedding_size),
-        "input": "112x112 RGB, (x - 127.5) / 127.5",
+        "input": foreign_weights.INPUT,
         "identities": str(len(faces.identities)),
         "photos": str(len(faces)),
         "validation_accuracy": f"{score.accuracy:.6f}",
         "commit": utils.commit(),
     }
-    if options.init:  # other data have gone into them, too
-        metadata["init"] = "/".join(Path(config.canonical(options.init)).parts[-2:])
+    if net.origin:  # other data have gone into them, too
+        metadata["init"] = net.origin
     if score.threshold is not None:  # what verify.py decides by
         metadata |= {
             "threshold_degrees": f"{score.threshold:.4f}",
             "threshold_far": f"{score.far:g}",
             "threshold_impostor_pairs": str(score.impostors),
+            "threshold_from": validated_on,
         }
-    checkpoint.save_weights(run / checkpoint.BEST, backbone.state_dict(), metadata)
+    checkpoint.save_weights(run / checkpoint.BEST, net.backbone.state_dict(), metadata)

@@ -43,6 +43,7 @@ class Net:
     amp: torch.dtype | None
     overflows: int = 0  # updates left out for an overflow of fp16: in a row, and together
     all_overflows: int = 0
+    origin: str = ""  # what the backbone started from, where that was no random weights
 
     @property
     def sharded(self) -> bool:

@@ -12,12 +12,14 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+import config
 import folding
 import foreign_weights
 import models
@@ -67,6 +69,22 @@ def model_file(path: Path) -> Path:
     return path
 
 
+def home_of(file: Path) -> Path:
+    """Where what is made of a model goes: its run's folder, or runs/<stem> for a single file."""
+    return file.parent if file.name == BEST else config.RUNS / file.stem
+
+
+def check_foreign(
+    models: Iterable[Path], network: str | None, mean: float = 127.5, std: float = 127.5
+) -> None:
+    """Raises InputError: options for models of others that would go unheeded."""
+    suffixes = {path.suffix for path in models}
+    if (mean, std) != (127.5, 127.5) and ".onnx" not in suffixes:
+        raise InputError("--input-mean and --input-std are for an .onnx: our models say their own")
+    if network and not suffixes & set(foreign_weights.SUFFIXES):
+        raise InputError("--network is for a .pth or .pt: our models say which one they are")
+
+
 def load_backbone(
     path: Path | str,
     device: torch.device | str = "cpu",
@@ -86,7 +104,7 @@ def load_backbone(
     if file.suffix == ".onnx":
         return OnnxBackbone(file, mean, std)
     state, metadata = read_weights(file, network)
-    if file.suffix in foreign_weights.SUFFIXES and network is None:
+    if "source" in metadata and file.suffix in foreign_weights.SUFFIXES and network is None:
         print(f"{file}: by its keys {described(metadata)}", file=sys.stderr)
     with torch.device("meta"):  # shapes alone: a file that claims more than it holds takes nothing
         fix = "name the --network that it holds, or another file"
@@ -100,11 +118,14 @@ def load_backbone(
 
 
 def read_weights(
-    file: Path, network: str | None = None
+    file: Path, network: str | None = None, otherwise: str | None = None
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """State dict and metadata of a .safetensors, .pth or .pt. `network` as in load_backbone."""
+    """State dict and metadata of a .safetensors, .pth or .pt. `network` as in load_backbone.
+
+    `otherwise` is the network of a .pth whose keys tell none.
+    """
     if file.suffix in foreign_weights.SUFFIXES:
-        return foreign_weights.load(file, network)
+        return foreign_weights.load(file, network, otherwise)
     return load_weights(file)
 
 

@@ -18,6 +18,7 @@ import distributed
 import protocol
 import utils
 from config import InputError, TrainOptions
+from photo_folders import one_line
 
 # False accept rates at which a threshold is taken: the first one that ten impostor pairs show.
 _FARS = (1e-4, 1e-3, 1e-2, 1e-1)
@@ -48,7 +49,8 @@ class Validation:
         self.labels = labels  # (P,) of held-out people, where the photos are known as theirs
         self.photos, self.embedding_size = photos, embedding_size
         self.read = read  # index -> uint8 (112, 112, 3)
-        self.pairs, self.same, self.fold, self.what = pairs, same, fold, what
+        self.pairs, self.same, self.fold = pairs, same, fold
+        self.what = what  # whose pairs they are, without a path: it stands in published weights
 
     def score(self, backbone: nn.Module, device: torch.device, size: int = 64) -> Score:
         """The ranks share the crops; each gets the figures."""
@@ -104,7 +106,7 @@ def make_validation(
                 "pairsDevTest.txt"
             )
         photos, left, right = data_gen.find_photos(pairs, options.val_data)
-        what = f"{len(pairs):,} pairs of {options.val_pairs}"
+        what = one_line(options.val_pairs.name)
         both = np.stack([left, right], axis=1)  # (P, 2)
 
         def read(index: int) -> np.ndarray:
@@ -120,10 +122,7 @@ def make_validation(
     if len(pairs) < 40:  # ten folds of a few pairs; a figure from fewer would say nothing
         return faces, None
     fold = np.random.default_rng(0).permutation(len(pairs)) % 10
-    what = (
-        f"{len(pairs):,} pairs of {len(held_out):,} photos of "
-        f"{len(held_out.identities)} held-out identities"
-    )
+    what = f"{len(held_out):,} photos of {len(held_out.identities):,} held-out identities"
     return rest, Validation(
         len(held_out), options.embedding_size, held_out.read, pairs, same, fold, what,
         held_out.labels,

@@ -1,5 +1,6 @@
 """Enrolling a gallery and searching it. Run: python -m pytest tests/test_enrolment.py"""
 
+import json
 import os
 import shutil
 import signal
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors
 import safetensors.numpy
 import torch
 from PIL import Image
@@ -223,6 +225,74 @@ def test_a_folder_that_is_no_gallery(tmp_path, file):
         with pytest.raises(InputError, match=said):
             enrol(gallery, file)
     assert not file.parent.exists()
+
+
+def test_an_unreadable_photo_is_no_work_for_every_call(people, file):
+    """Neither lock nor write, where what could not be read can't be for the same reason."""
+    (people / "Ann/page.jpg").write_text("<html>")
+    (people / "Ann/gone.jpg").symlink_to(people / "nowhere.jpg")
+    os.mkfifo(people / "Ann/pipe.jpg")
+    Image.new("RGB", (1200, 900)).save(people / "Ann/large.png")  # over 1 million pixels
+    known = enrol(people, file).entries
+    unhashed = {photo for photo, entry in known.items() if not entry.sha256}
+    assert unhashed == {"Ann/gone.jpg", "Ann/pipe.jpg", "Ann/large.png"}
+    before = file.stat()
+    pid = os.fork()
+    if pid == 0:  # another process is writing, for all that this one knows
+        with checkpoint.lock(file.parent, f".{file.name}.lock"):
+            (people.parent / "held").touch()
+            while not (people.parent / "done").exists():
+                time.sleep(0.01)
+        os._exit(0)
+    while not (people.parent / "held").exists():
+        time.sleep(0.01)
+    try:
+        assert plain(enrol(people, file).entries) == plain(known)
+    finally:
+        (people.parent / "done").touch()
+        os.waitpid(pid, 0)
+    after = file.stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    reader = Reader()  # with a higher limit, the large one is looked at
+    assert refresh(people, file, reader, SETTINGS, 2_000_000).entries["Ann/large.png"].sha256
+    assert reader.seen == 1
+
+
+def test_a_copy_is_looked_at_once_in_one_run_too(people, file, monkeypatch):
+    monkeypatch.setattr(enrolment, "_WINDOW", 1)
+    shutil.copytree(people / "Ann", people / "Zoe")
+    reader = Reader()
+    enrolled = enrol(people, file, reader)
+    assert reader.seen == 4 and len(Gallery.of(enrolled.entries).photos) == 5
+
+
+def test_a_batch_holds_no_more_pixels_than_its_bound(people, file, monkeypatch):
+    sizes = []
+
+    class Watched(Reader):
+        def read(self, photos, every=False):
+            sizes.append(len(photos))
+            return super().read(photos)
+
+    monkeypatch.setattr(enrolment, "_PIXELS", 700)  # of photos with 400 each
+    enrol(people, file, Watched())
+    assert sizes == [2, 2]
+
+
+@pytest.mark.parametrize("key", ["embeddings", "boxes", "landmarks"])
+def test_a_crafted_file_is_a_damaged_one(people, file, capsys, key):
+    """Its sha256 is right, and it has fewer faces than it lists."""
+    enrol(people, file)
+    with safetensors.safe_open(file, framework="numpy") as opened:
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        about = json.loads(opened.metadata()["enrolment"])
+    for crafted in ({**tensors, key: tensors[key][:-1]},
+                    {name: array if name == "photos" else array[:1]
+                     for name, array in tensors.items()}):  # fmt: skip
+        about["sha256"] = enrolment._digest(crafted)
+        file.write_bytes(safetensors.numpy.save(crafted, {"enrolment": json.dumps(about)}))
+        assert load(file, SETTINGS) == {}
+        assert "is damaged" in capsys.readouterr().err
 
 
 @pytest.fixture

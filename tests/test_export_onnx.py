@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 
 import checkpoint
 import config
+import embeddings
 import export_onnx
 import lfw_eval
 import model_card
@@ -109,7 +111,7 @@ def test_two_exports_are_the_same_bytes(exported, run, tmp_path):
 
 def test_the_sums_are_those_of_the_files(exported, tmp_path):
     lines = (exported / "first-r18.sha256").read_text().splitlines()
-    assert len(lines) == 3
+    assert [line[66:] for line in lines] == ["first-r18.onnx", "first-r18.safetensors"]
     for line in lines:
         digest, name = line.split("  ")
         assert hashlib.sha256((exported / name).read_bytes()).hexdigest() == digest
@@ -138,6 +140,51 @@ def test_a_pth_of_others_is_exported_and_its_card_says_so(run, tmp_path):
     assert "validation: not measured" in card and "threshold: not measured" in card
     metadata = utils.load_backbone(tmp_path / "out/backbone-r18.onnx").metadata
     assert metadata["source"] == "backbone.pth" and metadata["network"] == "r18"
+
+
+def test_a_card_with_other_words_is_never_written_over(run, tmp_path):
+    export_onnx.main(ExportOptions(model=run, out=tmp_path))
+    export_onnx.main(ExportOptions(model=run, out=tmp_path))  # the same: nothing in the way
+    edited = (tmp_path / "first-r18.md").read_text() + "\nThe photos are ours.\n"
+    (tmp_path / "first-r18.md").write_text(edited)
+    before = {path: (path.read_bytes(), path.stat().st_ino) for path in tmp_path.iterdir()}
+    with pytest.raises(InputError, match=r"first-r18\.md is not the card .* move it away"):
+        export_onnx.main(ExportOptions(model=run, out=tmp_path))
+    assert before == {path: (path.read_bytes(), path.stat().st_ino) for path in tmp_path.iterdir()}
+    if shutil.which("sha256sum"):  # an edited card is as good as one that is not
+        assert not subprocess.run(["sha256sum", "-c", "first-r18.sha256"], cwd=tmp_path).returncode
+
+
+def test_weights_that_change_while_they_are_read_are_not_exported(tmp_path, monkeypatch):
+    run, other = make_run(tmp_path / "r"), make_run(tmp_path / "other", photos="1")
+    real = utils.load_backbone
+
+    def load(*arguments, **words):
+        network = real(*arguments, **words)
+        for name in (checkpoint.BEST, checkpoint.CHECKSUMS):
+            shutil.copyfile(other / name, run / name)
+        return network
+
+    monkeypatch.setattr(utils, "load_backbone", load)
+    with pytest.raises(InputError, match="changed while it was read: run again"):
+        export_onnx.main(ExportOptions(model=run))
+    assert not (run / "export").exists()
+
+
+def test_an_onnx_beside_a_name_that_is_not_utf8(exported, tmp_path):
+    shutil.copyfile(exported / "first-r18.onnx", tmp_path / "a.onnx")
+    (tmp_path / os.fsdecode(b"latin-\xe9.txt")).touch()
+    assert embeddings.hash_model(tmp_path / "a.onnx") == checkpoint.sha256(tmp_path / "a.onnx")
+
+
+def test_our_own_checkpoint_is_not_said_to_be_of_others(run, tmp_path):
+    state, _ = checkpoint.load_weights(run / checkpoint.BEST)
+    options = {"network": "r18", "width": 0.125, "embedding_size": 32}
+    saved = {"format": 2, "backbone": state, "head": {}, "options": options}
+    checkpoint.save_checkpoint(tmp_path, saved)
+    export_onnx.main(ExportOptions(model=tmp_path / "last.pt", out=tmp_path / "out"))
+    said = (tmp_path / "out/last-r18.md").read_text()
+    assert "others" not in said.replace("(LFW and others)", "") and "licence and terms" not in said
 
 
 # --- what the file says of its input --------------------------------------------------------------
@@ -195,6 +242,7 @@ def test_bad_input_is_refused(exported, run, tmp_path, monkeypatch):
         ({"model": exported / "first-r18.onnx"}, "is an ONNX file already"),
         ({"model": tmp_path / "absent"}, "absent is not there"),
         ({"model": tmp_path}, "holds no best.safetensors"),
+        ({"network": "r18"}, "--network is for a .pth or .pt"),
         ({"name": "a/b"}, "no plain name of a file"),
         ({"name": "-a"}, "no plain name of a file"),
         ({"name": "a\nb"}, "no plain name of a file"),
@@ -234,7 +282,9 @@ def test_a_stop_while_writing_leaves_no_sums(run, tmp_path, monkeypatch):
 def card(run: Path, **told: str) -> str:
     network = utils.load_backbone(run, fold=False)
     metadata = export_onnx.complete({**network.metadata, **told})
-    return model_card.text("n", run / checkpoint.BEST, metadata, {"n.onnx": b"x"}, network)
+    best = run / checkpoint.BEST
+    digest = checkpoint.sha256(best)
+    return model_card.text("n", best, digest, metadata, {"n.onnx": b"x"}, network)
 
 
 def report(run: Path, name: str, digest: str, pairs: str = "0" * 64) -> None:
@@ -283,3 +333,45 @@ def test_a_card_without_files_or_figures_makes_nothing_up(tmp_path):
     said = card(run, validation_accuracy="nan", threshold_degrees="x")
     assert "validation: not measured" in said and "threshold: not measured" in said
     assert "data: unknown" in said and "settings: unknown" in said and "steps: unknown" in said
+
+
+LICENCE = "The licence and terms of the original weights apply."
+
+
+def test_the_licence_of_what_the_weights_come_from_is_named(run):
+    assert LICENCE not in card(run)
+    assert LICENCE in card(run, source="backbone.pth")
+    assert LICENCE in card(run, init="others/r50.pth")
+
+
+def test_the_card_says_whose_pairs_the_threshold_was_taken_on(run):
+    assert "0.1 % of 12,000 impostor pairs of pairsDevTest.txt; other" in card(
+        run, threshold_from="pairsDevTest.txt"
+    )
+    assert "may have seen" not in card(run) and "may have seen" in card(run, init="a/b.pth")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "margin arcface, m 0.3, s 32.0, head dense, epochs 20"),
+        ({"margin": "cosface"}, "margin cosface, m3 0.35, s 32.0, head dense, epochs 20"),
+        ({"margin": "combined", "m1": 1.1}, "margin combined, m1 1.1, m 0.3, m3 0.35, s 32.0"),
+        ({"head": "sharded", "sample_rate": 0.1, "focal_gamma": 2.0, "easy_margin": True},
+         "s 32.0, easy_margin True, focal_gamma 2.0, head sharded, sample_rate 0.1, epochs 20"),
+        ({"schedule": "step"}, "schedule step, milestones 0.625 0.875, warmup 0.1"),
+        ({"warmup": 0.0, "weight_decay": 0.0, "lr_batch": 0, "seed": 0, "min_images": 2},
+         "lr 0.1, schedule cosine, augment flip, min_images 2, seed 0"),
+    ],
+)  # fmt: skip
+def test_the_card_names_the_settings_that_were_in_use(tmp_path, changes, said):
+    """All of them are options of train.py, and what was off or of another margin is left out."""
+    options = config.plain(config.TrainOptions(**changes))
+    assert set(options) >= {*model_card.SETTINGS, *sum(model_card.MARGINS.values(), ())}
+    named = {said.split()[0] for said in model_card.settings(options)}
+    assert named & {"m1", "m", "m3"} == set(model_card.MARGINS[options["margin"]])
+    line = ", ".join(model_card.settings(options))
+    assert said in line
+    run = make_run(tmp_path / "r")
+    checkpoint.write_json(run / "config.json", {"options": options})
+    assert f"- settings: {line}\n" in card(run)

@@ -2,6 +2,7 @@
 
 import builtins
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,25 @@ def test_the_keys_tell_network_and_sizes(name):
     assert foreign_weights.sizes(state, name) == (0.5, 256)
 
 
+WIDTHS = [0.01, 0.03, 0.1, 0.125, 0.15, 0.2, 0.25, 0.3, 1 / 3, 0.4, 0.45, 0.5, 0.6, 2 / 3, 0.7,
+          0.75, 0.8, 0.9, 1.0, 1.1, 1.25, 1.37, 1.5, 1.7, 2.0, 3.3]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["r18", "mbf"])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_width_is_told_from_rounded_channels(name, width):
+    """Any width that gives the same channels will do; a published one comes out as it is."""
+    with torch.device("meta"):
+        state = models.create(name, embedding_size=64, width=width).state_dict()
+        found, size = foreign_weights.sizes(state, name)
+        again = models.create(name, embedding_size=size, width=found).state_dict()
+    assert {key: value.shape for key, value in again.items()} == {
+        key: value.shape for key, value in state.items()
+    }
+    if width in (0.25, 0.5, 0.75, 1.0, 2.0):
+        assert found == width
+
+
 def test_official_mbf_keys_tell_mbf():
     state = {key: torch.zeros(shape, device="meta") for key, shape in MBF_KEYS.items()}
     assert foreign_weights.told_by(state) == "mbf"
@@ -76,6 +96,7 @@ def test_official_mbf_keys_tell_mbf():
 WRAPPED = {
     "plain": lambda state: state,
     "of DDP": lambda state: {f"module.{key}": value for key, value in state.items()},
+    "DDP, of compiled": lambda state: {f"_orig_mod.module.{k}": v for k, v in state.items()},
     "compiled, of DDP": lambda state: {f"module._orig_mod.{k}": v for k, v in state.items()},
     "state_dict": lambda state: {"epoch": 3, "state_dict": state, "best": 0.5},
     "backbone, of DDP": lambda state: {
@@ -116,6 +137,56 @@ def test_our_own_checkpoint_is_one_of_them(network, tmp_path):
     assert torch.allclose(loaded(batch), network(batch), atol=1e-4)
 
 
+@pytest.fixture
+def ours(network, tmp_path) -> Path:
+    """A checkpoint as train.py writes it, of a width that the shapes do not tell."""
+    torch.manual_seed(0)
+    options = {"network": "r18", "width": 0.13, "embedding_size": 32}
+    state = {"format": 2, "backbone": network.state_dict(), "head": {}, "options": options}
+    checkpoint.save_checkpoint(tmp_path, state)
+    return tmp_path / "last.pt"
+
+
+def test_our_own_checkpoint_tells_by_its_options(ours, capsys):
+    assert utils.load_backbone(ours).metadata == {
+        "network": "r18", "width": "0.13", "embedding_size": "32",
+        "input": "112x112 RGB, (x - 127.5) / 127.5",
+    }  # fmt: skip
+    assert capsys.readouterr().err == ""  # nothing was guessed
+    assert "says that it holds r18: leave --network out" in refused(ours, "r34")
+    state = torch.load(ours, weights_only=True)
+    state["options"]["init"] = "x/others/r50.pth"
+    save(ours.with_name("a.pt"), state)
+    assert utils.load_backbone(ours.with_name("a.pt")).metadata["init"] == "x/others/r50.pth"
+    state["origin"] = "others/r50.pth"
+    save(ours.with_name("a.pt"), state)
+    assert utils.load_backbone(ours.with_name("a.pt")).metadata["init"] == "others/r50.pth"
+
+
+@pytest.mark.parametrize("options", [5, {}, {"network": 1, "width": 1.0, "embedding_size": 32}])
+def test_options_that_are_none_make_it_one_of_others(network, tmp_path, options):
+    state = {"format": 2, "backbone": network.state_dict(), "options": options}
+    metadata = utils.load_backbone(save(tmp_path / "a.pt", state)).metadata
+    assert metadata["source"] == "a.pt" and metadata["network"] == "r18"
+
+
+def test_a_flipped_bit_is_seen_where_the_sha256_is_known(ours, network):
+    content = bytearray(ours.read_bytes())
+    place = bytes(content).find(network.state_dict()["fc.weight"].numpy().tobytes()[:64])
+    content[place + 3] ^= 0x10
+    ours.write_bytes(content)
+    assert "is damaged (its sha256 is not the one in checksums.json)" in refused(ours)
+    (ours.parent / checkpoint.CHECKSUMS).unlink()
+    utils.load_backbone(ours)
+
+
+def test_a_name_that_is_not_utf8_can_be_kept_with_the_weights(network, tmp_path):
+    file = save(tmp_path / os.fsdecode(b"latin-\xe9.pth"), network.state_dict())
+    metadata = utils.load_backbone(file).metadata
+    checkpoint.save_weights(tmp_path / "x.safetensors", network.state_dict(), metadata)
+    assert checkpoint.load_weights(tmp_path / "x.safetensors")[1]["source"] == "latin-\\udce9.pth"
+
+
 # --- refused --------------------------------------------------------------------------------------
 
 
@@ -143,7 +214,7 @@ def test_a_file_that_claims_a_huge_network_takes_no_memory(network, tmp_path, mo
         return made[-1]
 
     monkeypatch.setattr(models, "create", create)
-    assert "(1000, 3, 3, 3) in the network" in refused(file)
+    assert "keys do not fit" in refused(file)
     assert [model.conv1.weight.device.type for model in made] == ["meta"]
 
 

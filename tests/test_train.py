@@ -19,8 +19,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import checkpoint
 import config
+import data_gen
 import models
 import train
+import training_state
 import training_step
 import utils
 from arcface import ArcMarginHead
@@ -242,6 +244,8 @@ def test_the_weights_say_what_they_are(finished):
     assert "RGB" in metadata["input"] and "127.5" in metadata["input"]
     assert 0 < float(metadata["threshold_degrees"]) < 180
     assert int(metadata["threshold_impostor_pairs"]) * float(metadata["threshold_far"]) >= 10
+    assert metadata["threshold_from"] == "18 photos of 3 held-out identities"
+    assert "init" not in metadata
     model = utils.load_backbone(run)
     assert model.metadata == metadata
     crops = np.random.default_rng(0).integers(0, 256, (3, 112, 112, 3), dtype=np.uint8)
@@ -299,6 +303,8 @@ def test_validation_on_given_pairs(options, prepared, tmp_path):
     result = json.loads((options.runs / "r/result.json").read_text())
     assert 0 <= result["validation"] <= 1
     assert json.loads((options.runs / "r/config.json").read_text())["identities"] == 30
+    validation = train.make_validation(data_gen.load_faces(prepared, 1, False), changed)[1]
+    assert validation.what == "pairs.tsv"  # no folder: it goes into the weights
 
 
 def test_row28_no_update_is_made_with_a_loss_that_is_not_finite(options, monkeypatch):
@@ -403,10 +409,17 @@ def test_init_starts_from_the_given_backbone_and_a_new_head(finished, tmp_path, 
     assert not torch.allclose(head, trained, atol=1e-3)
 
 
-@pytest.mark.parametrize("stop_at", [1, 13])
-def test_row21_a_resumed_fine_tuning_needs_no_init_file(finished, tmp_path, monkeypatch, stop_at):
+@pytest.mark.parametrize(("stop_at", "how"), [(1, ".safetensors"), (13, ".pth")])
+def test_row21_a_resumed_fine_tuning_needs_no_init_file(
+    finished, tmp_path, monkeypatch, stop_at, how
+):
     options, run = finished
-    init = start_from(run, tmp_path, ".pth")
+    init = start_from(run, tmp_path, how)
+    origin = f"{tmp_path.name}/{init.name}"  # not where somebody keeps it
+    if how == ".safetensors":  # fine-tuned itself, from weights of others
+        state, metadata = checkpoint.load_weights(init)
+        checkpoint.save_weights(init, state, metadata | {"init": "others/r50.pth"})
+        origin += ", started from others/r50.pth"
     options = dataclasses.replace(options, runs=tmp_path, init=init)
     assert train.main(dataclasses.replace(options, name="straight")) == 0
 
@@ -436,8 +449,9 @@ def test_row21_a_resumed_fine_tuning_needs_no_init_file(finished, tmp_path, monk
     assert not same(weights(tmp_path / "r"), weights(run))
     assert json.loads((tmp_path / "r/config.json").read_text())["options"]["init"] == str(init)
     metadata = utils.load_backbone(tmp_path / "r").metadata
-    assert metadata["init"] == f"{tmp_path.name}/weights.pth"  # not where somebody keeps it
-    with pytest.raises(InputError, match=r"init .*weights\.pth, now None"):
+    assert metadata["init"] == origin
+    assert utils.load_backbone(tmp_path / "r/last.pt").metadata["init"] == origin
+    with pytest.raises(InputError, match=r"init .*weights\..*, now None"):
         train.main(dataclasses.replace(options, init=None))
 
 
@@ -471,6 +485,26 @@ def test_init_that_does_not_fit_is_refused_before_a_folder_is_made(
             train.main(dataclasses.replace(options, **words))
         assert "\n" not in str(error.value)
     assert not (tmp_path / "runs").exists()
+
+
+def test_init_whose_keys_tell_no_network_is_not_told_to_name_one(finished, tmp_path):
+    options, run = finished
+    state, _ = checkpoint.load_weights(run / "best.safetensors")
+    torch.save({f"backbone.{key}": value for key, value in state.items()}, tmp_path / "odd.pth")
+    with pytest.raises(InputError, match="name weights whose keys are those") as error:
+        training_state.initial_weights(dataclasses.replace(options, init=tmp_path / "odd.pth"))
+    assert "missing in the file" in str(error.value) and "--network" not in str(error.value)
+
+
+def test_the_origin_names_all_that_the_weights_come_from(tmp_path):
+    file = tmp_path / "b" / os.fsdecode(b"latin-\xe9.safetensors")
+    name = "b/latin-\\udce9.safetensors"
+    assert training_state.origin(file, {}) == name
+    assert training_state.origin(file, {"source": "r50.pth"}) == f"{name}, made from r50.pth"
+    said = training_state.origin(file, {"init": "a/x.pth, made from y"})
+    assert said == f"{name}, started from a/x.pth, made from y"
+    assert training_state.origin(tmp_path / "b/r50.pth", {"source": "r50.pth"}) == "b/r50.pth"
+    assert len(training_state.origin(file, {"init": "x" * 10_000})) == 500
 
 
 @pytest.mark.slow

@@ -3,6 +3,9 @@
 import dataclasses
 import math
 import os
+import subprocess
+import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ import torch
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
+import config
 import train
 import training_curves
 from config import InputError, TrainOptions
@@ -125,3 +129,31 @@ def test_a_folder_without_curves_is_named(tmp_path, script):
             training_curves.write(run)
     done = script("training_curves.py")
     assert done.returncode == 2 and done.stderr.count("\n") == 1
+
+
+def test_damaged_event_files_have_a_message_of_their_own(tmp_path):
+    write_events(tmp_path, range(1, 11))
+    for file in tmp_path.glob(training_curves.EVENTS):
+        file.write_bytes(b"<html>not found</html>" + file.read_bytes())
+    with pytest.raises(InputError, match="damaged or of a run that has only begun"):
+        training_curves.write(tmp_path)
+
+
+def test_a_run_that_has_step_0_alone_is_drawn(tmp_path):
+    write_events(tmp_path, range(1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib's, of an axis without length
+        assert training_curves.write(tmp_path).exists()
+
+
+def test_the_axis_begins_at_0_and_holds_the_last_point(tmp_path):
+    write_events(tmp_path, range(500, 1001, 100))
+    for axes in training_curves.figure(training_curves.read(tmp_path)).axes:
+        assert axes.get_xlim() == (0, pytest.approx(1010))
+
+
+def test_help_tells_the_command_and_training_needs_no_matplotlib(script):
+    done = script("training_curves.py", "--help")
+    assert done.returncode == 0 and "python training_curves.py runs/first" in done.stdout
+    code = "import sys, train; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=config.ROOT).returncode == 0

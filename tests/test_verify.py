@@ -1,8 +1,10 @@
 """Comparing two photos, finding a face. Run: python -m pytest tests/test_verify.py"""
 
+import dataclasses
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +18,7 @@ import checkpoint
 import config
 import enrolment
 import face_reader
+import identify
 import models
 import protocol
 import utils
@@ -27,7 +30,7 @@ from detect_faces import FaceDetector, central_face
 from images import read_image
 from synthetic_faces import draw_face
 
-FAR = "at which 1 in 1,000 impostor pairs of held-out people is accepted; 78,000 pairs"
+FAR = "at which 1 in 1,000 impostor pairs is accepted; 78,000 pairs of 27 held-out people"
 
 
 def photo_of(path: Path, identity: int, number: int) -> Path:
@@ -49,7 +52,8 @@ def place(tmp_path_factory) -> Path:
     state = models.create(**kind).state_dict()
     for name, more in (
         ("first", {"threshold_degrees": "68.1234", "threshold_far": "0.001",
-                   "threshold_impostor_pairs": "78000"}),
+                   "threshold_impostor_pairs": "78000",
+                   "threshold_from": "27 held-out people"}),
         ("bare", {}),
         ("odd", {"threshold_degrees": "nan", "threshold_far": "0.001"}),
     ):  # fmt: skip
@@ -190,6 +194,8 @@ def test_landmarks_that_are_no_face_are_told(place, monkeypatch):
 
 def test_what_cannot_be_asked(place, people, tmp_path):
     both = ("a.png", "b.png")
+    folder = tmp_path / "folder.safetensors"
+    folder.mkdir()
     for photos, options, said in (
         ((), {}, "name two photos: there are 0"),
         (("a.png",), {}, "or one with --gallery: there are 1"),
@@ -198,6 +204,9 @@ def test_what_cannot_be_asked(place, people, tmp_path):
         (both, {"top": 3}, "for a --gallery"),
         (both, {"enrolled": tmp_path / "x.safetensors"}, "for a --gallery"),
         (("a.png",), {"gallery": people, "enrolled": tmp_path / "x.bin"}, "ends in .safetensors"),
+        (("a.png",), {"gallery": people, "enrolled": folder}, "is a folder: name a file"),
+        (both, {"network": "r18"}, "--network is for a .pth or .pt"),
+        (both, {"input_mean": 127.0}, "--input-mean and --input-std are for an .onnx"),
         (both, {"save": tmp_path / "x.gif"}, ".png or a .jpg"),
         (both, {"save": tmp_path / "no/x.png"}, "there is no folder"),
         (both, {"save": place / "a.png"}, "would overwrite"),
@@ -216,6 +225,56 @@ def test_the_default_model_is_the_run_that_train_py_makes(place, monkeypatch, ca
     options = VerifyOptions(photos=(place / "a.png", place / "b.png"))
     assert str(place / "runs/demo") in refused(options)
     assert "no --model named" in capsys.readouterr().out
+
+
+def test_the_threshold_says_whose_pairs_it_was_taken_on(place, tmp_path, capsys):
+    """Not "held-out people", where they came from --val-pairs or from a fine-tuned network."""
+    state, told_ = checkpoint.load_weights(place / "runs/first" / checkpoint.BEST)
+    told_ |= {"threshold_from": "pairsDevTest.txt", "init": "others/r50.pth"}
+    checkpoint.save_weights(tmp_path / "tuned.safetensors", state, told_)
+    photos = (place / "a.png", place / "b.png")
+    options = VerifyOptions(photos=photos, model=tmp_path / "tuned.safetensors", device="cpu")
+    said = say(capsys, options)
+    assert "78,000 pairs of pairsDevTest.txt" in said and "held-out" not in said
+    assert "started from (others/r50.pth) may have seen these people" in said
+    found = told(capsys, dataclasses.replace(options, json=True))
+    assert found["threshold_from"] == "pairsDevTest.txt"
+    assert found["started_from"] == "others/r50.pth"
+    assert told(capsys, ask(place, "a.png", "b.png", json=True))["started_from"] is None
+
+
+def replaced_meanwhile(monkeypatch, run: Path, other: Path) -> None:
+    """As train.py does it to a run that is under way, just after its weights were read."""
+    real = utils.load_backbone
+
+    def load(*arguments, **words):
+        network = real(*arguments, **words)
+        for name in (checkpoint.BEST, checkpoint.CHECKSUMS):
+            shutil.copyfile(other / name, run / name)
+        return network
+
+    monkeypatch.setattr(utils, "load_backbone", load)
+
+
+def test_weights_that_change_while_they_are_read_are_refused(place, people, tmp_path, monkeypatch):
+    shutil.copytree(place / "runs/first", tmp_path / "runs/first")
+    replaced_meanwhile(monkeypatch, tmp_path / "runs/first", place / "runs/bare")
+    kept = tmp_path / "kept.safetensors"
+    options = ask(tmp_path, place / "a.png", gallery=people, enrolled=kept)
+    assert "changed while it was read: run again" in refused(options)
+    assert not kept.exists()
+
+
+def test_a_card_computes_in_full_float32(place):
+    for settings in (torch.backends.cudnn, torch.backends.cuda.matmul):
+        settings.allow_tf32 = True
+    verify.main(ask(place, "a.png", "b.png"))
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
+
+
+def test_max_pixels_holds_for_the_photos_named(place):
+    assert "too many pixels" in refused(ask(place, "a.png", "b.png", max_pixels=1000))
 
 
 # --- the picture
@@ -326,6 +385,84 @@ def test_a_gallery_in_which_nobody_has_a_face(place, tmp_path):
 def test_a_photo_without_a_face_is_told_before_the_gallery_is_enrolled(place, people, monkeypatch):
     monkeypatch.setattr(enrolment, "refresh", None)
     assert "none.png: no face" in refused(ask(place, "none.png", gallery=people))
+
+
+def test_other_settings_do_not_throw_the_enrolment_away(place, people, tmp_path, capsys):
+    (tmp_path / "runs").mkdir()
+    shutil.copytree(place / "runs/first", tmp_path / "runs/first")
+    photo = place / "a.png"
+    first = told(capsys, ask(tmp_path, photo, gallery=people, json=True))
+    other = told(capsys, ask(tmp_path, photo, gallery=people, json=True, min_face_size=40))
+    assert other["new"] == 9 and other["enrolled_file"] != first["enrolled_file"]
+    for options in ({}, {"min_face_size": 40}):
+        assert told(capsys, ask(tmp_path, photo, gallery=people, json=True, **options))["new"] == 0
+
+
+def test_the_enrolments_name_and_key_hold_all_that_enters_an_embedding(place, people, monkeypatch):
+    """Model, size of faces, network, input and kind of device; the model's content in the key."""
+    seen = []
+
+    def refresh(gallery, file, reader, settings, max_pixels):
+        seen.append((file, settings))
+        raise InputError("enough")
+
+    monkeypatch.setattr(enrolment, "refresh", refresh)
+    monkeypatch.setattr(utils, "check_foreign", lambda *_: None)
+    for options in ({}, {"min_face_size": 40}, {"input_mean": 127.0}, {"input_std": 128.0},
+                    {"model": "bare"}):  # fmt: skip
+        assert refused(ask(place, "a.png", gallery=people, **options)) == "enough"
+    settings = [setting for _, setting in seen]
+    assert len({file for file, _ in seen}) == len(seen)
+    assert len({json.dumps(setting) for setting in settings}) == len(seen)
+    best = place / "runs/first" / checkpoint.BEST
+    assert settings[0] == {
+        "min_face_size": 20, "input": [127.5, 127.5], "network": None, "device": "cpu",
+        "model": checkpoint.sha256(best),
+    }  # fmt: skip
+    del settings[0]["model"]
+    name = identify.enrolled_file(best, people, settings[0])
+    for key, value in (("network", "r18"), ("device", "cuda")):
+        assert identify.enrolled_file(best, people, {**settings[0], key: value}) != name
+    assert identify.enrolled_file(place / "runs/first/../first" / checkpoint.BEST, people,
+                                settings[0]).name == name.name  # fmt: skip
+
+
+def test_a_gallery_photo_that_is_gone_costs_the_picture_and_not_the_answer(
+    place, people, tmp_path, capsys, monkeypatch
+):
+    real = enrolment.refresh
+
+    def refresh(*arguments):
+        enrolled = real(*arguments)
+        for photo in people.glob("*/[12].png"):
+            photo.unlink()
+        return enrolled
+
+    monkeypatch.setattr(enrolment, "refresh", refresh)
+    kept = tmp_path / "kept.safetensors"
+    said = refused(ask(place, "a.png", gallery=people, enrolled=kept, save=tmp_path / "x.png"))
+    assert "just now: run again" in said
+    assert "searched 8 photos" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("broken", [0.0, float("nan"), float("inf")])
+def test_a_network_whose_embeddings_have_no_angle_is_refused(place, monkeypatch, broken):
+    def embed(network, crops):
+        return np.full((len(crops), 8), broken, np.float32)
+
+    monkeypatch.setattr(face_reader.utils, "embed", embed)
+    assert "zero or not finite" in refused(ask(place, "a.png", "b.png"))
+
+
+def test_names_that_are_not_utf8_are_printed(place, tmp_path, capsys, monkeypatch):
+    odd, run = tmp_path / os.fsdecode(b"latin-\xe9"), tmp_path / "two\nlines"
+    odd.mkdir()
+    shutil.copytree(place / "runs/first", run)
+    monkeypatch.setattr(config, "default_run", lambda: run)
+    photos = (place / "a.png", place / "b.png")
+    said = say(capsys, VerifyOptions(photos=photos, save=odd / "x.png", device="cpu"))
+    assert f"using {tmp_path}/two\\nlines\n" in said
+    assert f"wrote {tmp_path}/latin-\\udce9/x.png\n" in said
 
 
 # --- from a notebook

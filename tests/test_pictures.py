@@ -1,0 +1,95 @@
+"""README's pictures. Run: python -m pytest tests/test_pictures.py"""
+
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
+
+import checkpoint
+import config
+import models
+import pictures
+from conftest import make_prepared
+from synthetic_faces import draw_face
+
+ALL = ["curves.png", "faces.png", "pair.jpg", "theta_lfw.png"]
+
+
+@pytest.fixture
+def clone(tmp_path, monkeypatch):
+    """A fresh one: old pictures, no data, no runs."""
+    monkeypatch.setattr(config, "SYNTHETIC", tmp_path / "synthetic")
+    monkeypatch.setattr(config, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(pictures, "IMAGES", tmp_path / "images")
+    (tmp_path / "images").mkdir()
+    for name in ALL:
+        (tmp_path / "images" / name).write_text("old")
+    return tmp_path
+
+
+def contents(clone) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (clone / "images").iterdir()}
+
+
+def demo(clone) -> None:
+    """What `make demo` leaves, as far as the pictures need it."""
+    train = make_prepared(clone / "synthetic/train", 3, 1)
+    for crop in train.glob("images/*/*.jpg"):
+        (train / "raw" / crop.parent.name).mkdir(parents=True)
+        shutil.copyfile(crop, train / "raw" / crop.parent.name / crop.name)
+    for number, name in enumerate(pictures.PAIR):
+        photo = clone / "synthetic/test/raw" / name
+        photo.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw_face(0, 3, number)[0]).save(photo)
+    run = clone / "runs/demo"
+    run.mkdir(parents=True)
+    kind = {"network": "r18", "width": 0.125, "embedding_size": 32}
+    torch.manual_seed(0)
+    about = {key: str(value) for key, value in kind.items()}
+    checkpoint.save_weights(run / checkpoint.BEST, models.create(**kind).state_dict(), about)
+    writer = SummaryWriter(str(run))
+    writer.add_scalar("train/loss", 1.0, 5)
+    writer.close()
+    (run / "result.json").write_text("{}")
+
+
+def test_on_a_fresh_clone_each_picture_stays_and_what_to_do_is_said(clone, capsys):
+    before = contents(clone)
+    pictures.main(None)
+    said = capsys.readouterr().out.splitlines()
+    assert contents(clone) == before and len(said) == 4
+    assert sum("run make demo first" in line for line in said) == 3
+    assert any(line.startswith("theta_lfw.png") and "lfw_eval.py" in line for line in said)
+
+
+def test_after_the_demo_they_are_made(clone, capsys):
+    demo(clone)
+    pictures.main(None)
+    for name in ALL[:3]:
+        with Image.open(clone / "images" / name) as image:
+            assert np.asarray(image.convert("RGB")).std() > 10
+    assert contents(clone)["theta_lfw.png"] == b"old"
+    (clone / "runs/face_embedder/lfw").mkdir(parents=True)
+    (clone / "runs/face_embedder/lfw/theta_dist.png").write_text("new")
+    (clone / "synthetic/test/raw" / pictures.PAIR[1]).unlink()
+    before = contents(clone)
+    pictures.main(None)
+    assert contents(clone) == {**before, "theta_lfw.png": b"new"}
+    assert f"pair.jpg is left as it is: {clone}" in capsys.readouterr().out
+
+
+def test_a_picture_that_cannot_be_written_leaves_the_old_one(clone, monkeypatch):
+    demo(clone)
+    before = contents(clone)
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError):
+        pictures.main(None)
+    assert contents(clone) == before
