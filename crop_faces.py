@@ -127,8 +127,8 @@ class Worker:
             box=faces.boxes[index],
             landmarks=landmarks,
         )
-        matrix = align_faces.similarity_transform(landmarks)
-        if matrix is None or align_faces.fit_residual(landmarks, matrix) > align_faces.MAX_RESIDUAL:
+        matrix = align_faces.face_transform(landmarks)
+        if matrix is None:
             return replace(row, reason=NO_SHAPE)
         write_crop(self.out, photo.image, align_faces.warp(image, matrix))
         return replace(row, image=photo.image, status=ALIGNED, reason=note)

@@ -66,6 +66,8 @@ def main(options: ExportOptions) -> None:
     network = embeddings.load_hashed(model, source, digest, fold=False, network=options.network)
     metadata = complete(network.metadata)
     out, name = place(options, source, metadata["network"])
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file: name a folder with --out")
 
     graph = to_onnx(folding.fold(network), metadata)
     lowest = check(graph, network, source)
@@ -147,7 +149,8 @@ def check(graph: bytes, network: nn.Module, source: Path) -> float:
     cosines = []
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
-        file.write_bytes(graph)
+        with config.naming(file):
+            file.write_bytes(graph)
         exported = utils.OnnxBackbone(file)  # as lfw_eval.py reads it
         for size in BATCHES:
             coarse = np.random.default_rng(size).integers(0, 256, (size, 7, 7, 3), np.uint8)

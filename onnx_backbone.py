@@ -5,6 +5,7 @@ OnnxBackbone(Path("net.onnx"), mean=127, std=128)(batch)   # utils.load_backbone
 Needs onnxruntime, on the CPU. Legend of shapes: N crops, E embedding size.
 """
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,12 @@ class OnnxBackbone(torch.nn.Module):
         """What the file says itself, as export_onnx.py writes it; else what was given."""
         said = [self.metadata.get(key) for key in ("input_mean", "input_std")]
         if None in said:
+            if (mean, std) == (127.5, 127.5):
+                print(
+                    f"{self.file} does not name its normalisation: (x - 127.5) / 127.5 is taken; "
+                    "--input-mean and --input-std name another",
+                    file=sys.stderr,
+                )
             return mean, std
         try:
             mean, std = float(said[0]), float(said[1])

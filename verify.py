@@ -56,6 +56,8 @@ def main(options: VerifyOptions) -> None:
         model = options.model or config.default_run()
         if options.model is None:
             print(f"no --model named: using {one_line(str(model))}")
+            if model == config.RUNS / "demo":
+                print("it knows drawn faces only: what it says of photos of people means nothing")
         normal = options.input_mean, options.input_std
         utils.check_foreign((model,), options.network, *normal)
         file = utils.model_file(model)

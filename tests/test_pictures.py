@@ -1,5 +1,6 @@
 """README's pictures. Run: python -m pytest tests/test_pictures.py"""
 
+import json
 import os
 import shutil
 
@@ -11,6 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 import checkpoint
 import config
+import download
 import models
 import pictures
 from conftest import make_prepared
@@ -74,7 +76,14 @@ def test_after_the_demo_they_are_made(clone, capsys):
             assert np.asarray(image.convert("RGB")).std() > 10
     assert contents(clone)["theta_lfw.png"] == b"old"
     (clone / "runs/face_embedder/lfw").mkdir(parents=True)
-    (clone / "runs/face_embedder/lfw/theta_dist.png").write_text("new")
+    report = clone / "runs/face_embedder/lfw"
+    (report / "theta_dist.png").write_text("new")
+    view_2 = {"data": {"pairs_sha256": download.LFW_PAIRS[0].sha256}}
+    (report / "run.json").write_text('{"options": {"flip": "False"}}')
+    (report / "eval.json").write_text(json.dumps(view_2))
+    pictures.main(None)
+    assert "theta_lfw.png is left as it is" in capsys.readouterr().out
+    (report / "run.json").write_text('{"options": {"flip": "True"}}')
     (clone / "synthetic/test/raw" / pictures.PAIR[1]).unlink()
     before = contents(clone)
     pictures.main(None)
