@@ -57,7 +57,7 @@ def main(_: None) -> None:
 
 
 def shown_by(report: Path) -> Path:
-    """The plot of angles of a report of LFW's View 2, all of it, with flip; else what is not there."""
+    """The plot of angles of a report of View 2, all of it, with flip; else what is not there."""
     try:
         result = json.loads((report / "eval.json").read_text())
         options = json.loads((report / "run.json").read_text())["options"]
