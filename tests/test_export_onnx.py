@@ -247,7 +247,7 @@ def test_bad_input_is_refused(exported, run, tmp_path, monkeypatch):
         ({"name": "-a"}, "no plain name of a file"),
         ({"name": "a\nb"}, "no plain name of a file"),
         ({"out": run, "name": "best"}, "would be written over"),
-        ({"out": run / "config.json"}, "cannot be a folder"),
+        ({"out": run / "config.json"}, "is a file: name a folder"),
     ):
         with pytest.raises(InputError, match=said) as error:
             export_onnx.main(ExportOptions(**{"model": run, "out": tmp_path / "out", **changes}))
