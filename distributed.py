@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+import job
 import utils
 from config import InputError
 
@@ -33,13 +34,7 @@ def join(name: str) -> torch.device:
     if device.type == "cuda":
         if device.index is not None:
             raise InputError(f"--device {name} under torchrun: name cuda, each rank takes its card")
-        cards = torch.cuda.device_count()
-        if local_rank() >= cards:
-            raise InputError(
-                f"rank {local_rank()} has no card: --nproc-per-node may be {cards} at most",
-                local=True,
-            )
-        device = torch.device("cuda", local_rank())
+        device = job.own_card(device)
         torch.cuda.set_device(device)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
@@ -61,16 +56,6 @@ def rank() -> int:
 
 def ranks() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def local_ranks() -> int:
-    """Ranks on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def local_rank() -> int:
-    """This rank's number on its machine."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def device() -> torch.device:

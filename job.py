@@ -13,7 +13,10 @@ import itertools
 import os
 import time
 
+import torch
 import torch.distributed as dist
+
+from config import InputError
 
 _LOOK_SECONDS = 0.1
 _numbers = itertools.count()
@@ -30,6 +33,23 @@ def ranks() -> int:
 def local_rank() -> int:
     """Which of the ranks on this machine."""
     return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def local_ranks() -> int:
+    """Ranks on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def own_card(device: torch.device) -> torch.device:
+    """Of `cuda`, the card of this rank's number; others stay. Raises InputError: there is none."""
+    if device != torch.device("cuda"):
+        return device
+    cards = torch.cuda.device_count()
+    if local_rank() >= cards:
+        raise InputError(
+            f"rank {local_rank()} has no card: --nproc-per-node may be {cards} at most", local=True
+        )
+    return torch.device("cuda", local_rank())
 
 
 def wait() -> None:

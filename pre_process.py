@@ -73,7 +73,7 @@ _LONGEST = 255  # bytes of a file's name, on Linux, macOS and Windows
 
 def main(options: PreProcessOptions) -> None:
     torch.set_num_threads(1)  # the work is spread over processes
-    device_of_rank(options.device)  # refused before anything is unpacked
+    job.own_card(pick_device(options.device))  # refused before anything is unpacked
     derived.check_lists(options)
     if options.download:
         options = download.fetch_lfw(options)
@@ -151,20 +151,6 @@ def named_shortage(options: PreProcessOptions) -> Iterator[None]:
         raise SystemExit(config.complain(said, 1)) from error
 
 
-def device_of_rank(name: str) -> torch.device:
-    """Of `cuda`, the card of this rank's number. Raises InputError: there is none."""
-    device = pick_device(name)
-    if device != torch.device("cuda"):
-        return device
-    if job.local_rank() >= torch.cuda.device_count():
-        raise InputError(
-            f"rank {job.local_rank()} has no card: --nproc-per-node may be "
-            f"{torch.cuda.device_count()} at most",
-            local=True,
-        )
-    return torch.device("cuda", job.local_rank())
-
-
 def detect_all(
     todo: list[Photo], root: Path, out: Path, done: dict[str, str], options: PreProcessOptions
 ) -> float:
@@ -173,7 +159,7 @@ def detect_all(
     Where there are several ranks: a share of them, then what the others have done.
     """
     share = todo[job.rank() :: job.ranks()]
-    device = device_of_rank(options.device)
+    device = job.own_card(pick_device(options.device))
     progress = Progress(len(share), "Aligning faces", shown=job.rank() == 0)
     path = out / (JOURNAL if job.rank() == 0 else PART.format(job.rank()))
     with config.naming(path), open(path, "ab") as journal, named_shortage(options):

@@ -45,6 +45,7 @@ import torch
 import checkpoint
 import data_gen
 import distributed
+import job
 import models
 import training_state
 import utils
@@ -103,10 +104,10 @@ def main(options: TrainOptions) -> int:
         training_state.initial_weights(options)  # refused now, before the data are read
 
     # ---- data
-    if distributed.local_rank():
+    if job.local_rank():
         distributed.barrier()  # the first of a machine may have to read all labels of a .rec once
     faces = data_gen.load_faces(options.data, options.min_images, options.skip_bad)
-    if not distributed.local_rank():
+    if not job.local_rank():
         distributed.barrier()
     distributed.say(
         f"{len(faces):,} photos of {len(faces.identities):,} identities in {options.data}"
@@ -266,7 +267,7 @@ def with_defaults(options: TrainOptions) -> TrainOptions:
     workers = options.workers
     if workers < 0:
         on_cuda = utils.pick_device(options.device).type == "cuda"
-        cores = torch.multiprocessing.cpu_count() // distributed.local_ranks()
+        cores = torch.multiprocessing.cpu_count() // job.local_ranks()
         workers = max(1, min(8, cores)) if on_cuda else 1
     return replace(options, data=data, name=name, resume=resume, workers=workers)
 
@@ -412,7 +413,7 @@ def print_what_runs(net: Net, options: TrainOptions, num_identities: int) -> Non
     memory = head_memory(options, num_identities, ranks)
     total, there = sum(memory.values()), utils.total_memory(net.device)
     if net.device.type == "cpu":
-        there //= distributed.local_ranks()  # they share it
+        there //= job.local_ranks()  # they share it
     parts = ", ".join(f"{name} {bytes_ / 1e6:,.0f} MB" for name, bytes_ in memory.items())
     distributed.say(f"{options.head} head of {num_identities:,} identities, a rank: {parts}")
     if total > there and distributed.rank() == 0:
