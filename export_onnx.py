@@ -4,8 +4,9 @@
     python export_onnx.py --model runs/first                     # -> runs/first/export
     python export_onnx.py --model backbone.pth --network r50 --out published
     python lfw_eval.py --data data/lfw --pairs path/to/pairs.txt --model published/NAME.onnx
+    python export_onnx.py --model runs/first --half --out published     # the weights alone, in fp16
 
-Needs two more packages: pip install onnx onnxruntime
+Needs two more packages, but for --half: pip install onnx onnxruntime
 
 Writes into the folder, the same bytes for the same weights and commit:
     NAME.onnx          float32 (N, 3, 112, 112) RGB, (x - 127.5) / 127.5 -> float32 (N, E), not
@@ -14,9 +15,10 @@ Writes into the folder, the same bytes for the same weights and commit:
     NAME.md            the model card: data, protocol, figures, limits, intended use. What it says
                        comes from the run's config.json, result.json and reports (eval.json).
                        Add what only you know: a card that differs is never written over
-    NAME.sha256        of the two model files, for sha256sum -c
+    NAME.sha256        of the model files, for sha256sum -c
 Both model files carry the same metadata: network, width, embedding_size, input, commit, threshold.
-The ONNX file is held against PyTorch in onnxruntime before anything is written.
+The ONNX file is held against PyTorch in onnxruntime before anything is written. With --half there
+is none, and matrices and kernels are rounded to fp16: half the size, read by the same scripts.
 """
 
 import config
@@ -69,22 +71,28 @@ def main(options: ExportOptions) -> None:
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file: name a folder with --out")
 
-    graph = to_onnx(folding.fold(network), metadata)
-    lowest = check(graph, network, source)
+    if options.half:
+        state = halved(network.state_dict())
+        files = {}
+        rounded = utils.create(metadata, source)
+        rounded.load_state_dict(state)
+        lowest = check(rounded.eval(), network, source)
+    else:
+        state = network.state_dict()
+        graph = to_onnx(folding.fold(network), metadata)
+        files = {f"{name}.onnx": graph}
+        lowest = check(read_back(graph), network, source)
+    files[f"{name}.safetensors"] = checkpoint.weights_bytes(state, metadata)
     print(
         f"cosine to PyTorch at batch {' and '.join(map(str, BATCHES))}: at least "
         f"{np.floor(lowest * 1e7) / 1e7:.7f}"
     )
 
-    files = {
-        f"{name}.onnx": graph,
-        f"{name}.safetensors": checkpoint.weights_bytes(network.state_dict(), metadata),
-    }
     card = model_card.text(name, source, digest, metadata, files, network)
     write(out, name, files, card, source)
     shown = one_line(str(out))
-    command = f"python lfw_eval.py --model {shlex.quote(f'{shown}/{name}.onnx')}"
-    print(f"{shown}: {name}.onnx, .safetensors, .md and .sha256; next: {command}")
+    command = f"python lfw_eval.py --model {shlex.quote(f'{shown}/{next(iter(files))}')}"
+    print(f"{shown}: {', '.join(files)}, {name}.md and {name}.sha256; next: {command}")
 
 
 def complete(metadata: dict[str, str]) -> dict[str, str]:
@@ -141,27 +149,36 @@ def to_onnx(network: nn.Module, metadata: dict[str, str]) -> bytes:
     return model.SerializeToString(deterministic=True)
 
 
-def check(graph: bytes, network: nn.Module, source: Path) -> float:
-    """The lowest cosine between embeddings of the file and of PyTorch, over BATCHES of patterns.
+def halved(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Matrices and kernels in fp16. Vectors stay: they are few, and a variance may be tiny."""
+    return {key: value.half() if value.ndim > 1 else value for key, value in state.items()}
 
-    `network` is the whole one, so that folding is checked, too. Raises InputError: too low.
-    """
-    cosines = []
+
+def read_back(graph: bytes) -> nn.Module:
+    """The network of an ONNX model, as lfw_eval.py reads it."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
         with config.naming(file):
             file.write_bytes(graph)
-        exported = utils.OnnxBackbone(file)  # as lfw_eval.py reads it
-        for size in BATCHES:
-            coarse = np.random.default_rng(size).integers(0, 256, (size, 7, 7, 3), np.uint8)
-            crops = coarse.repeat(16, axis=1).repeat(16, axis=2)  # fine noise would look all alike
-            ours, theirs = (
-                utils.embed(model, crops, flip=False).astype(np.float64)  # (size, E)
-                for model in (network, exported)
-            )
-            lengths = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
-            with np.errstate(invalid="ignore"):
-                cosines.extend((ours * theirs).sum(axis=1) / lengths)
+        return utils.OnnxBackbone(file)
+
+
+def check(exported: nn.Module, network: nn.Module, source: Path) -> float:
+    """The lowest cosine between embeddings of the two, over BATCHES of patterns.
+
+    `network` is the whole one, so that folding is checked, too. Raises InputError: too low.
+    """
+    cosines = []
+    for size in BATCHES:
+        coarse = np.random.default_rng(size).integers(0, 256, (size, 7, 7, 3), np.uint8)
+        crops = coarse.repeat(16, axis=1).repeat(16, axis=2)  # fine noise would look all alike
+        ours, theirs = (
+            utils.embed(model, crops, flip=False).astype(np.float64)  # (size, E)
+            for model in (network, exported)
+        )
+        lengths = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
+        with np.errstate(invalid="ignore"):
+            cosines.extend((ours * theirs).sum(axis=1) / lengths)
     lowest = min(1.0, *map(float, cosines)) if np.isfinite(cosines).all() else float("nan")
     if not lowest >= LEAST_COSINE:  # NaN, too
         raise InputError(

@@ -22,8 +22,8 @@ from photo_folders import one_line
 
 SUFFIXES = (".pth", ".pt")
 INPUT = "112x112 RGB, (x - 127.5) / 127.5"
-# Where checkpoints keep a backbone: common use, arcface_torch, our last.pt.
-WRAPPERS = ("state_dict", "state_dict_backbone", "backbone")
+# Where checkpoints keep a backbone: common use, arcface_torch, our last.pt (the average first).
+WRAPPERS = ("state_dict", "state_dict_backbone", "average", "backbone")
 # Keys whose first size is a stage's channels, and how many those are at width 1.
 IRESNET = {f"layer{k + 1}.0.conv2.weight": c for k, c in enumerate((64, 128, 256, 512))}
 MBF = {
@@ -131,6 +131,7 @@ def told_by_us(saved: object) -> dict[str, str] | None:
         "network": options["network"],
         "width": repr(float(options["width"])),
         "embedding_size": str(options["embedding_size"]),
+        "resolution": str(options.get("resolution", models.CROP)),
         "input": INPUT,
         **({"init": one_line(str(origin))} if origin else {}),
     }

@@ -23,13 +23,14 @@ VIEW_2 = LFW_PAIRS[0].sha256
 MARGINS = {"arcface": ("m",), "cosface": ("m3",), "combined": ("m1", "m", "m3")}  # their own
 SETTINGS = (
     "s", "easy_margin", "focal_gamma", "head", "sample_rate", "epochs", "batch_size", "lr",
-    "lr_batch", "schedule", "milestones", "warmup", "weight_decay", "dropout", "augment",
+    "lr_batch", "schedule", "milestones", "warmup", "weight_decay", "average", "dropout", "augment",
     "min_images", "seed",
 )  # fmt: skip
 # Values that mean "not used", which are left out; None: whatever it is.
 OFF = {
     "easy_margin": False, "focal_gamma": 0, "sample_rate": 1, "lr_batch": 0, "milestones": None,
-    "warmup": 0, "weight_decay": 0, "dropout": 0, "augment": "none", "min_images": 1,
+    "warmup": 0, "weight_decay": 0, "average": 0, "dropout": 0, "augment": "none",
+    "min_images": 1,
 }  # fmt: skip
 
 
@@ -56,8 +57,8 @@ def text(
             f"- `{file}`: sha256 `{hashlib.sha256(data).hexdigest()}`"
             for file, data in files.items()
         ),
-        f"- made from a file with sha256 `{digest}`; the ONNX graph agrees with PyTorch to "
-        "a cosine of 0.99999 or better on drawn patterns",
+        f"- made from a file with sha256 `{digest}`, whose embeddings in PyTorch they give to a "
+        "cosine of 0.99999 or better on drawn patterns",
         "",
         "## Training data and protocol",
         *training(metadata, trained, result),
@@ -74,11 +75,14 @@ def text(
 
 def about(metadata: dict[str, str], network: nn.Module) -> str:
     millions = models.count_parameters(network) / 1e6
+    side = metadata.get("resolution", str(models.CROP))
+    seen = "" if side == str(models.CROP) else f"; it shrinks the crops to {cell(side)} px"
     return (
         f"\nFace embeddings: {metadata['network']}, width {metadata['width']}, {millions:.2f} M "
-        f"parameters.\n\nIn: float32 (N, 3, 112, 112), {cell(metadata['input'])},\nfaces aligned "
-        "by five landmarks as this repo's `pre_process.py` does it.\nOut: float32 (N, "
-        f"{metadata['embedding_size']}), not normalised; compare by the angle between two.\n"
+        f"parameters{seen}.\n\nIn: float32 (N, 3, 112, 112), {cell(metadata['input'])},\n"
+        "faces aligned by five landmarks as this repo's `pre_process.py` does it.\n"
+        f"Out: float32 (N, {metadata['embedding_size']}), not normalised; compare by the angle "
+        "between two.\n"
     )
 
 

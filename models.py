@@ -31,6 +31,7 @@ BLOCKS = {
     "r200": (6, 26, 60, 6),
 }
 NETWORKS = (*BLOCKS, *(f"se-{name}" for name in BLOCKS), "mbf")
+CROP = 112  # side of a crop, in pixels
 
 
 def create(
@@ -38,7 +39,7 @@ def create(
     embedding_size: int = 512,
     dropout: float = 0.0,
     width: float = 1.0,
-    input_size: int = 112,
+    resolution: int = 112,
 ) -> nn.Module:
     """A freshly initialised backbone (torch's global generator).
 
@@ -48,10 +49,12 @@ def create(
         dropout: probability, before the last linear layer (the paper: 0.4).
         width: multiplies every channel count, rounded to a multiple of 8 and at least 16; 1.0 is
             the published net.
-        input_size: side of the crops in pixels, a multiple of 16; 112 is the published size.
+        resolution: side in pixels of what the first convolution sees, a multiple of 16; 112 is the
+            published one. Crops of 112 are shrunk to it by the network itself.
 
     Returns:
-        A module: float (N, 3, input_size, input_size) RGB in [-1, 1] -> float32 (N, E).
+        A module: float (N, 3, 112, 112) RGB in [-1, 1] -> float32 (N, E). It also takes pictures
+        that have its resolution already.
 
     Raises:
         ValueError: an unknown name, or a size that no network can have.
@@ -60,17 +63,17 @@ def create(
         near = difflib.get_close_matches(network.lower(), NETWORKS, n=1, cutoff=0.3)
         hint = f"did you mean '{near[0]}'? " if near else ""
         raise ValueError(f"unknown network '{network}': {hint}known are {', '.join(NETWORKS)}")
-    if input_size < 16 or input_size % 16:
-        raise ValueError(f"input size {input_size} is not a positive multiple of 16")
+    if resolution < 16 or resolution % 16:
+        raise ValueError(f"resolution {resolution} is not a positive multiple of 16")
     if width <= 0 or embedding_size < 1 or not 0 <= dropout < 1:
         raise ValueError(
             f"width must be > 0, embedding_size >= 1 and dropout in [0, 1), not "
             f"{width}, {embedding_size} and {dropout}"
         )
     if network == "mbf":
-        return MobileFaceNet(embedding_size, dropout, width, input_size)
+        return MobileFaceNet(embedding_size, dropout, width, resolution)
     with_se, name = network.startswith("se-"), network.removeprefix("se-")
-    return IResNet(BLOCKS[name], with_se, embedding_size, dropout, width, input_size)
+    return IResNet(BLOCKS[name], with_se, embedding_size, dropout, width, resolution)
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -93,10 +96,10 @@ class IResNet(nn.Module):
         embedding_size: int,
         dropout: float,
         width: float,
-        input_size: int,
+        resolution: int,
     ):
         super().__init__()
-        self.input_size = input_size
+        self.shrink = Shrink(resolution)
         channels = [_scaled(c, width) for c in (64, 64, 128, 256, 512)]  # stem, then the stages
         self.conv1 = _conv(3, channels[0])
         self.bn1 = nn.BatchNorm2d(channels[0])
@@ -109,7 +112,7 @@ class IResNet(nn.Module):
             self.add_module(f"layer{k + 1}", nn.Sequential(*stage))
         self.bn2 = nn.BatchNorm2d(channels[-1])
         self.dropout = nn.Dropout(dropout)
-        self.fc = nn.Linear(channels[-1] * (input_size // 16) ** 2, embedding_size)
+        self.fc = nn.Linear(channels[-1] * (resolution // 16) ** 2, embedding_size)
         # Weight fixed at 1: the head normalises, so a trained weight could only hurt the scale.
         self.features = nn.BatchNorm1d(embedding_size)
         self.features.weight.requires_grad_(False)
@@ -125,7 +128,7 @@ class IResNet(nn.Module):
                 nn.init.normal_(module.weight, std=0.1)
 
     def forward(self, x: Tensor) -> Tensor:
-        _check_input(x, self.input_size)
+        x = self.shrink(x)
         x = self.prelu(self.bn1(self.conv1(x)))  # (N, 64, 112, 112)
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             for block in stage:
@@ -214,9 +217,9 @@ class MobileFaceNet(nn.Module):
 
     checkpointing = False  # as in IResNet
 
-    def __init__(self, embedding_size: int, dropout: float, width: float, input_size: int):
+    def __init__(self, embedding_size: int, dropout: float, width: float, resolution: int):
         super().__init__()
-        self.input_size = input_size
+        self.shrink = Shrink(resolution)
         c128, c256, c512 = (_scaled(c, width) for c in (128, 256, 512))
         self.layers = nn.ModuleList(
             [
@@ -232,13 +235,13 @@ class MobileFaceNet(nn.Module):
             ]
         )
         self.conv_sep = ConvUnit(c256, c512, 1)
-        self.features = GlobalDepthwise(c512, embedding_size, dropout, input_size // 16)
+        self.features = GlobalDepthwise(c512, embedding_size, dropout, resolution // 16)
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):  # as the official code
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
-        _check_input(x, self.input_size)
+        x = self.shrink(x)
         for layer in self.layers:
             x = _again(layer, x) if self.checkpointing else layer(x)
         return self.features(self.conv_sep(x))  # (N, E)
@@ -317,6 +320,33 @@ class GlobalDepthwise(nn.Module):
 # ---------------------------------------------------------------- shared pieces
 
 
+class Shrink(nn.Module):
+    """Crops of 112 px to a smaller side: each pixel the mean of the area that it covers.
+
+    As two products with a fixed matrix, which every exporter and device knows. A picture that has
+    the smaller side already is left as it is.
+    """
+
+    def __init__(self, resolution: int):
+        super().__init__()
+        self.resolution = resolution
+        edges = torch.arange(resolution + 1) * (CROP / resolution)  # of the new pixels, in old ones
+        left, right = edges[:-1, None], edges[1:, None]
+        pixels = torch.arange(CROP)
+        covered = (torch.minimum(right, pixels + 1) - torch.maximum(left, pixels)).clamp_min(0)
+        share = covered * (resolution / CROP)  # (resolution, 112)
+        self.register_buffer("share", share, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        side = self.resolution
+        if x.ndim != 4 or x.shape[1:] not in ((3, side, side), (3, CROP, CROP)):
+            raise ValueError(f"expected a batch (N, 3, {CROP}, {CROP}), got {tuple(x.shape)}")
+        if x.shape[3] == side:
+            return x
+        with _full_precision(x):
+            return (self.share @ _at_least_float32(x) @ self.share.T).to(x.dtype)  # (N, 3, R, R)
+
+
 def _conv(
     c_in: int,
     c_out: int,
@@ -360,11 +390,6 @@ def _scaled(channels: int, width: float) -> int:
     process on a CPU with AVX-512 (torch 2.14.1, oneDNN).
     """
     return max(16, int(channels * width / 8 + 0.5) * 8)
-
-
-def _check_input(x: Tensor, size: int) -> None:
-    if x.ndim != 4 or x.shape[1:] != (3, size, size):
-        raise ValueError(f"expected a batch (N, 3, {size}, {size}), got {tuple(x.shape)}")
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

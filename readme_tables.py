@@ -11,6 +11,7 @@ it was typed. Then run `make readme`; a test fails where README and CSV differ.
 import csv
 import difflib
 import re
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,9 +100,63 @@ def speed_table(rows: list[dict[str, str]]) -> str:
     return markdown(head, lines)
 
 
+# --------------------------------------------------------------------------------------------------
+# what benchmarks/experiments.py wrote
+
+FIGURES = {"validation": "held-out people", "view1": "LFW View 1", "view2": "LFW View 2"}
+
+
+def runs_table(rows: list[dict[str, str]]) -> str:
+    """One row a run."""
+    head = ["run", "seed", "trained on", "photos seen", "minutes", *FIGURES.values()]
+    lines = [
+        [row["change"], row["seed"],
+         f"{int(row['photos']):,} photos of {int(row['identities']):,} people",
+         f"{int(row['photos_seen']):,}", row["minutes"], f"{row['validation']} %",
+         f"{row['view1']} %", f"{row['view2']} % ± {row['view2_std']}"]
+        for row in rows
+    ]  # fmt: skip
+    return markdown(head, lines) + how(rows)
+
+
+def ablations_table(rows: list[dict[str, str]]) -> str:
+    """One row a change: mean and standard deviation over its seeds."""
+    head = ["change", "seeds", "minutes", *FIGURES.values()]
+    lines = []
+    for change in dict.fromkeys(row["change"] for row in rows):
+        runs = [row for row in rows if row["change"] == change]
+        minutes = statistics.mean(float(row["minutes"]) for row in runs)
+        lines.append([change, str(len(runs)), f"{minutes:.0f}", *(
+            spread([float(row[name]) for row in runs]) for name in FIGURES
+        )])  # fmt: skip
+    return markdown(head, lines) + how(rows)
+
+
+def spread(values: list[float]) -> str:
+    mean = f"{statistics.mean(values):.2f} %"
+    return mean + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def mcnemar_table(rows: list[dict[str, str]]) -> str:
+    return markdown(list(rows[0]), [list(row.values()) for row in rows])
+
+
+def how(rows: list[dict[str, str]]) -> str:
+    """When, on what and from which code; each run's own command stands in the CSV."""
+    said = {key: sorted({row[key] for row in rows}) for key in ("date", "hardware", "commit")}
+    days = said["date"][0] + (f" to {said['date'][-1]}" if len(said["date"]) > 1 else "")
+    commits = f"commit{'s' * (len(said['commit']) > 1)} {', '.join(said['commit'])}"
+    return f"\n{days}, {'; '.join(said['hardware'])}, {commits}.\n"
+
+
 FORMS: dict[str, Callable[[list[dict[str, str]]], str]] = {
     "lfw": lfw_table,
     "speed": speed_table,
+    "final": runs_table,
+    "ablations": ablations_table,
+    "peers": runs_table,
+    "mcnemar": mcnemar_table,
+    "scaling": runs_table,
 }
 
 

@@ -2,7 +2,7 @@
 
     python train.py                                      # what `pre_process.py` prepared by default
     python train.py --data data/faces --network se-r18 --width 0.25 --epochs 2 --name first
-    python train.py --data data/faces --recipe small-cpu             # 2 CPU cores
+    python train.py --data data/faces --recipe cpu             # 2 CPU cores
     python train.py --data data/casia --recipe casia-r50             # one GPU
     python train.py --data data/faces --name first --resume          # go on where it stopped
     python train.py --data data/faces --network r50 --init backbone.pth --lr 0.01  # fine-tune it
@@ -95,7 +95,7 @@ def main(options: TrainOptions) -> int:
     if device.type == "cpu":
         utils.keep_freed_memory()
     torch.backends.cudnn.benchmark = True  # all batches have one shape
-    amp = pick_amp(options.amp, device)
+    amp = pick_amp(options, device)
     run = options.runs / options.name
     state = open_run(run, options)
     if state == "finished":
@@ -154,7 +154,11 @@ def train(
 ) -> int:
     """The run from its first or next step to its end -> exit code."""
     # ---- model, head, optimizer
-    net = build(options, len(faces.identities), device, amp)
+    sampler = data_gen.RunSampler(
+        len(faces), options.batch_size, options.epochs, options.seed, 0,
+        distributed.rank(), distributed.ranks(),
+    )  # fmt: skip
+    net = build(options, len(faces.identities), sampler.steps, device, amp)
     print_what_runs(net, options, len(faces.identities))
 
     # ---- resume
@@ -170,10 +174,7 @@ def train(
         state, net.origin = training_state.initial_weights(options)
         net.backbone.load_state_dict(state)
         distributed.say(f"backbone from {options.init}, the head is new")
-    sampler = data_gen.RunSampler(
-        len(faces), options.batch_size, options.epochs, options.seed, step,
-        distributed.rank(), distributed.ranks(),
-    )  # fmt: skip
+    sampler.start = step
     loader = data_gen.make_loader(
         faces, sampler, options.augment, options.workers, options.timeout, device.type == "cuda"
     )
@@ -238,7 +239,7 @@ def validate(
 ) -> float:
     """Score the network, keep its weights if it is the best so far -> the best accuracy."""
     nothing = Score(math.nan, None, None, 0)
-    score = validation.score(net.backbone, net.device) if validation else nothing
+    score = validation.score(net.published, net.device) if validation else nothing
     log.validation(step, score.accuracy)
     if score.accuracy <= best:  # false for NaN: with nothing to compare, the last one counts
         return best
@@ -296,15 +297,27 @@ def check_options(options: TrainOptions, ranks: int) -> None:
             f"--batch-size {options.batch_size} is to be split over {ranks} x {options.accumulate} "
             f"ranks and passes: name a multiple of {passes}, at least {2 * passes}"
         )
+    if options.resolution % 16:
+        raise InputError(f"--resolution {options.resolution} is no multiple of 16: 48, 64, 80, ...")
     if options.compile and options.checkpointing:
         raise InputError("--compile and --checkpointing do not go together: leave out one of them")
     if options.compile and not utils.has_compiler():
-        raise InputError("--compile needs a C++ compiler (such as g++): install one, or leave it")
+        raise InputError(
+            "--compile needs a C++ compiler (such as g++): install one, or say --no-compile, which "
+            "is slower"
+        )
 
 
-def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
-    """The type of mixed precision; bf16 needs no loss scaling, fp16 is for older cards."""
-    if name == "off" or (name == "auto" and device.type == "cpu"):
+def pick_amp(options: TrainOptions, device: torch.device) -> torch.dtype | None:
+    """The type of mixed precision; bf16 needs no loss scaling, fp16 is for older cards.
+
+    A CPU gains by bf16 where it multiplies it itself and the conversions are compiled away: twice
+    the speed then, none or less otherwise.
+    """
+    name = options.amp
+    if name == "auto" and device.type == "cpu":
+        name = "bf16" if options.compile and utils.multiplies_bf16() else "off"
+    if name == "off":
         return None
     if name == "auto":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
@@ -322,9 +335,12 @@ def open_run(run: Path, options: TrainOptions) -> str:
         return "new"
     old = options_of(run, begun)
     new = config.plain(options)
-    changed = [key for key in new if key not in FREE and old.get(key) != new[key]]
+    default = config.plain(TrainOptions())  # of options that are newer than the run
+    changed = [key for key in new if key not in FREE and old.get(key, default[key]) != new[key]]
     if changed:
-        said = ", ".join(f"{key} {old.get(key)}, now {new[key]}" for key in changed[:5])
+        said = ", ".join(
+            f"{key} {old.get(key, default[key])}, now {new[key]}" for key in changed[:5]
+        )
         raise InputError(
             f"{run} was trained with other options ({said}): repeat those (config.json), or choose "
             "another --name"

@@ -17,12 +17,11 @@ import config
 import data_gen
 import distributed
 import foreign_weights
-import models
 import utils
 from config import InputError, TrainOptions
 from photo_folders import one_line
 from sharded_head import ShardedHead
-from training_step import Net, seed_of_rank
+from training_step import Net, new_backbone, seed_of_rank
 from validation import Score
 
 FORMAT = 2  # of a checkpoint
@@ -69,6 +68,9 @@ def save(
             "origin": net.origin,
             "options": config.plain(options),
         }
+        if net.average:
+            state["average"] = net.average.module.state_dict()
+            state["averaged"] = int(net.average.n_averaged)
         checkpoint.save_checkpoint(run, state)
     distributed.barrier()
 
@@ -129,6 +131,9 @@ def check_classes(saved: dict, faces: data_gen.FaceSet, photos: str, run: Path) 
 def restore(saved: dict, net: Net, run: Path) -> None:
     """Put a checkpoint back. With another number of ranks, random states start anew."""
     checkpoint.load_state(net.backbone, saved["backbone"], run / checkpoint.LAST)
+    if net.average:
+        checkpoint.load_state(net.average.module, saved["average"], run / checkpoint.LAST)
+        net.average.n_averaged.fill_(saved["averaged"])
     optimizer = saved["optimizer"]
     if net.sharded:
         momentum = load_centres(run, saved["parts"], net.head)
@@ -169,9 +174,7 @@ def initial_weights(options: TrainOptions) -> tuple[dict[str, Tensor], str]:
         )
     state, metadata = utils.read_weights(file, otherwise=options.network)
     with torch.device("meta"):  # shapes alone
-        network = models.create(
-            options.network, options.embedding_size, options.dropout, options.width
-        )
+        network = new_backbone(options)
     fix = f"--init takes its --network and sizes ({utils.described(metadata)})"
     if file.suffix in foreign_weights.SUFFIXES and not foreign_weights.told_by(state):
         fix = "name weights whose keys are those of our networks"
@@ -233,6 +236,7 @@ def save_best(
         "network": options.network,
         "width": repr(options.width),
         "embedding_size": str(options.embedding_size),
+        "resolution": str(options.resolution),
         "input": foreign_weights.INPUT,
         "identities": str(len(faces.identities)),
         "photos": str(len(faces)),
@@ -248,4 +252,4 @@ def save_best(
             "threshold_impostor_pairs": str(score.impostors),
             "threshold_from": validated_on,
         }
-    checkpoint.save_weights(run / checkpoint.BEST, net.backbone.state_dict(), metadata)
+    checkpoint.save_weights(run / checkpoint.BEST, net.published.state_dict(), metadata)

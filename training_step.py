@@ -1,6 +1,6 @@
 """All that is trained, and one step of it: build, learning rate, gradients, checks, update.
 
-    net = build(options, num_identities, device, amp)
+    net = build(options, num_identities, steps, device, amp)
     entropy, own, other = backward(net, batch, step, options)
     norm = gradient_norm(net)
     code, loss_ok, norm_ok = agree(stop.code, entropy, norm)             # over all ranks
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import data_gen
 import distributed
@@ -35,6 +36,7 @@ class Net:
 
     backbone: nn.Module
     head: ArcMarginHead
+    average: AveragedModel | None  # of the backbone's weights and running statistics
     run_backbone: nn.Module  # the same backbone, compiled and under DDP where wanted
     run_head: nn.Module
     optimizer: torch.optim.Optimizer
@@ -46,17 +48,25 @@ class Net:
     origin: str = ""  # what the backbone started from, where that was no random weights
 
     @property
+    def published(self) -> nn.Module:
+        """The backbone that is validated and kept as the best."""
+        return self.backbone if self.average is None else self.average.module
+
+    @property
     def sharded(self) -> bool:
         return isinstance(self.head, ShardedHead)
 
 
 def build(
-    options: TrainOptions, num_identities: int, device: torch.device, amp: torch.dtype | None
+    options: TrainOptions,
+    num_identities: int,
+    steps: int,
+    device: torch.device,
+    amp: torch.dtype | None,
 ) -> Net:
+    """`steps` are those of the whole run."""
     torch.manual_seed(options.seed)  # the same weights on every rank
-    backbone = models.create(
-        options.network, options.embedding_size, options.dropout, options.width
-    )
+    backbone = new_backbone(options)
     backbone.checkpointing = options.checkpointing
     head = make_head(options, num_identities).to(device)
     memory_format = torch.channels_last if options.channels_last else torch.contiguous_format
@@ -67,6 +77,7 @@ def build(
     return Net(
         backbone,
         head,
+        make_average(backbone, options.average * steps),
         distributed.wrap(run_backbone, device),
         head if options.head == "sharded" else distributed.wrap(head, device),
         make_optimizer(backbone, head, options),
@@ -74,6 +85,26 @@ def build(
         device,
         amp,
     )
+
+
+def new_backbone(options: TrainOptions) -> nn.Module:
+    return models.create(
+        options.network,
+        options.embedding_size,
+        options.dropout,
+        options.width,
+        options.resolution,
+    )
+
+
+def make_average(backbone: nn.Module, steps: float) -> AveragedModel | None:
+    """An exponential moving average with a time constant of so many steps; 0: none."""
+    if not steps:
+        return None
+    decay = 1 - 1 / max(1.0, steps)
+    return AveragedModel(
+        backbone, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True
+    ).requires_grad_(False)
 
 
 def seed_of_rank(seed: int) -> int:
@@ -262,6 +293,8 @@ def update(net: Net, norm: Tensor, norm_ok: bool, rate: float, limit: float) -> 
             grad.mul_((limit / (norm + 1e-6)).clamp(max=1.0))
     net.scaler.step(net.optimizer)
     net.scaler.update()
+    if net.average is not None:
+        net.average.update_parameters(net.backbone)
 
 
 def explained(error: Exception, options: TrainOptions, device: torch.device) -> Exception:
@@ -271,6 +304,12 @@ def explained(error: Exception, options: TrainOptions, device: torch.device) -> 
     kept = "what was saved is kept, --resume goes on"
     if "DataLoader" in said:
         return data_gen.lost_worker(error) or error
+    if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+        return InputError(
+            f"--compile failed ({said[:150]}): it needs a C++ compiler and Python's headers (on "
+            "Debian g++ and python3-dev); go on with --no-compile, which is slower",
+            local=True,
+        )
     if isinstance(error, torch.OutOfMemoryError):
         peak = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else 0.0
         photos = options.batch_size // distributed.ranks() // options.accumulate

@@ -134,18 +134,24 @@ def described(metadata: dict[str, str]) -> str:
     network, width, size = (
         metadata.get(key, "unknown") for key in ("network", "width", "embedding_size")
     )
-    return f"{network}, width {width}, embedding size {size}"
+    resolution = metadata.get("resolution", str(models.CROP))
+    seen = "" if resolution == str(models.CROP) else f", resolution {resolution}"
+    return f"{network}, width {width}, embedding size {size}{seen}"
 
 
 def create(metadata: dict[str, str], file: Path) -> torch.nn.Module:
     """The network that a file says it holds, with fresh weights."""
     try:
+        resolution = int(metadata.get("resolution", models.CROP))
         if not (float(metadata["width"]) <= 16 and int(metadata["embedding_size"]) <= 1 << 16):
             raise ValueError("no network is that large")
+        if resolution > models.CROP:
+            raise ValueError(f"resolution {resolution}, and crops have {models.CROP} px")
         return models.create(
             metadata["network"],
             embedding_size=int(metadata["embedding_size"]),
             width=float(metadata["width"]),
+            resolution=resolution,
         )
     except (KeyError, ValueError) as error:
         raise InputError(
@@ -218,6 +224,15 @@ def keep_freed_memory() -> None:
     m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
     mallopt(m_trim_threshold, -1)  # never shrink the heap
     mallopt(m_mmap_max, 0)  # and have large blocks in it
+
+
+def multiplies_bf16() -> bool:
+    """Whether this processor has instructions for it (AVX-512 BF16, AMX or ARM's)."""
+    try:
+        words = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:  # no Linux: not known, and float32 is never wrong
+        return False
+    return not words.isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})
 
 
 def has_compiler() -> bool:

@@ -63,7 +63,7 @@ def test_without_data_the_demo_recipe_but_for_what_is_named(monkeypatch, tmp_pat
     epochs = TrainOptions().epochs  # named, though it is the default
     assert parse(TrainOptions, "", ["--epochs", str(epochs)]).epochs == epochs
     assert parse(TrainOptions, "", ["--data", "x"]).recipe is None
-    assert parse(TrainOptions, "", ["--recipe", "small-cpu"]).recipe == "small-cpu"
+    assert parse(TrainOptions, "", ["--recipe", "cpu"]).recipe == "small-cpu"
     (tmp_path / "raw").mkdir()
     assert parse(TrainOptions, "", []).recipe is None
 

@@ -34,16 +34,17 @@ TOLD = {  # as train.py writes it
 }  # fmt: skip
 
 
-def make_run(folder: Path, network: str = "r18", **told: str) -> Path:
+def make_run(folder: Path, network: str = "r18", resolution: int = 112, **told: str) -> Path:
     """A run folder with random weights, BN included."""
     torch.manual_seed(0)
-    model = models.create(network, embedding_size=32, width=0.125)
+    model = models.create(network, embedding_size=32, width=0.125, resolution=resolution)
     for norm in model.modules():
         if isinstance(norm, torch.nn.BatchNorm2d):
             norm.running_mean.normal_(std=0.2)
             norm.running_var.uniform_(0.5, 2)
             torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
     metadata = {"network": network, "width": "0.125", "embedding_size": "32", **TOLD, **told}
+    metadata["resolution"] = str(resolution)
     folder.mkdir(parents=True)
     checkpoint.save_weights(folder / checkpoint.BEST, model.state_dict(), metadata)
     options = {"data": "/home/somebody/faces", "epochs": 3, "margin": "arcface", "lr": 0.1}
@@ -63,9 +64,11 @@ def exported(run) -> Path:
     return run / "export"
 
 
-@pytest.mark.parametrize("network", ["r18", "se-r18", "mbf"])
-def test_any_batch_gives_the_embeddings_of_pytorch(tmp_path, network, capsys):
-    folder = make_run(tmp_path / "r", network)
+@pytest.mark.parametrize(
+    ("network", "resolution"), [("r18", 112), ("se-r18", 112), ("mbf", 112), ("se-r18", 64)]
+)
+def test_any_batch_gives_the_embeddings_of_pytorch(tmp_path, network, resolution, capsys):
+    folder = make_run(tmp_path / "r", network, resolution)
     export_onnx.main(ExportOptions(model=folder, out=tmp_path))
     said = capsys.readouterr()
     assert "cosine to PyTorch at batch 1 and 7: at least 0.99999" in said.out and not said.err
@@ -90,6 +93,30 @@ def test_both_files_say_all_that_is_known(exported, run):
     ours = utils.load_backbone(run, fold=False).state_dict()
     theirs = utils.load_backbone(exported / "first-r18.safetensors", fold=False).state_dict()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_half_writes_the_weights_alone_at_half_the_size(run, exported, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)  # it needs neither package
+    export_onnx.main(ExportOptions(model=run, out=tmp_path, half=True))
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"first-r18.{suffix}" for suffix in ("safetensors", "md", "sha256")
+    }
+    file = tmp_path / "first-r18.safetensors"
+    full = exported / file.name
+    assert file.stat().st_size < 0.55 * full.stat().st_size
+    state, metadata = checkpoint.load_weights(file)
+    assert metadata == checkpoint.load_weights(full)[1]
+    kinds = {value.dtype for value in state.values() if value.ndim > 1}
+    assert kinds == {torch.float16}
+    assert state["bn1.running_var"].dtype == torch.float32
+    model = utils.load_backbone(file)
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    crops = np.stack([patterned_crop(identity, 0) for identity in range(5)])
+    ours, theirs = utils.embed(model, crops), utils.embed(utils.load_backbone(run), crops)
+    cosine = (ours * theirs).sum(1) / np.linalg.norm(ours, axis=1) / np.linalg.norm(theirs, axis=1)
+    assert cosine.min() > 0.99999
+    assert (tmp_path / "first-r18.md").read_text().count("first-r18.safetensors") >= 1
+    assert "onnx`" not in (tmp_path / "first-r18.md").read_text()
 
 
 def test_bn_is_folded(exported):

@@ -8,6 +8,7 @@ which holds shapes and no numbers.
 import json
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -161,7 +162,7 @@ def test_the_names():
 
 @pytest.mark.parametrize("network", SMALL)
 def test_trains_on_a_batch(network):
-    net = create(network, embedding_size=64, width=0.25, input_size=SIDE)
+    net = create(network, embedding_size=64, width=0.25, resolution=SIDE)
     target = torch.randn(4, 64)
     embeddings = net(torch.rand(4, 3, SIDE, SIDE) * 2 - 1)
     F.mse_loss(embeddings, target).backward()
@@ -175,7 +176,7 @@ def test_trains_on_a_batch(network):
 
 @pytest.mark.parametrize("network", SMALL)
 def test_eval_is_deterministic_and_independent_of_the_batch(network):
-    net = create(network, width=0.25, input_size=SIDE, dropout=0.5).eval()
+    net = create(network, width=0.25, resolution=SIDE, dropout=0.5).eval()
     batch = torch.rand(3, 3, SIDE, SIDE) * 2 - 1
     with torch.inference_mode():
         whole = net(batch)
@@ -186,7 +187,7 @@ def test_eval_is_deterministic_and_independent_of_the_batch(network):
 
 @pytest.mark.parametrize("network", SMALL)
 def test_dropout_acts_in_training_only(network):
-    net = create(network, width=0.25, input_size=SIDE, dropout=0.5)
+    net = create(network, width=0.25, resolution=SIDE, dropout=0.5)
     for norm in (m for m in net.modules() if isinstance(m, nn.BatchNorm2d | nn.BatchNorm1d)):
         norm.eval()  # so that only dropout can make two passes differ
     batch = torch.rand(2, 3, SIDE, SIDE)
@@ -198,7 +199,7 @@ def test_dropout_acts_in_training_only(network):
 
 @pytest.mark.parametrize("network", SMALL)
 def test_embeddings_are_float32_under_autocast(network):
-    net = create(network, width=0.25, input_size=SIDE).eval()
+    net = create(network, width=0.25, resolution=SIDE).eval()
     tail = net.features if network != "mbf" else net.features.layers[3]
     linear = net.fc if network != "mbf" else net.features.layers[2]
     seen = []
@@ -238,12 +239,30 @@ def test_odd_widths_run(network, width):
 
 @pytest.mark.parametrize("network", SMALL)
 def test_other_input_sizes(network):
-    net = create(network, width=0.125, input_size=64)
-    assert net(torch.rand(2, 3, 64, 64)).shape == (2, 512)
-    with pytest.raises(ValueError, match=r"\(N, 3, 64, 64\), got \(2, 3, 112, 112\)"):
-        net(torch.rand(2, 3, 112, 112))
+    net = create(network, width=0.125, resolution=64).eval()
+    crops = torch.rand(2, 3, 112, 112)
+    with torch.no_grad():
+        assert net(crops).shape == (2, 512)
+        assert F.cosine_similarity(net(crops), net(net.shrink(crops))).min() > 0.99999
+    assert not any("share" in key for key in net.state_dict())
+    with pytest.raises(ValueError, match=r"\(N, 3, 112, 112\), got \(2, 3, 80, 80\)"):
+        net(torch.rand(2, 3, 80, 80))
     with pytest.raises(ValueError, match=r"got \(3, 64, 64\)"):
         net(torch.rand(3, 64, 64))
+
+
+@pytest.mark.parametrize("side", [16, 48, 56, 64, 80, 96])
+def test_shrinking_is_opencv_s_mean_over_areas(side):
+    crop = np.random.default_rng(side).integers(0, 256, (112, 112, 3)).astype(np.float32)
+    wanted = cv2.resize(crop, (side, side), interpolation=cv2.INTER_AREA)
+    got = models.Shrink(side)(torch.from_numpy(crop).permute(2, 0, 1)[None])[0].permute(1, 2, 0)
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=5e-3)  # OpenCV rounds its weights
+
+
+def test_a_picture_of_one_colour_keeps_it_when_it_is_shrunk():
+    crops = torch.full((1, 3, 112, 112), -0.75)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(models.Shrink(64)(crops), torch.full((1, 3, 64, 64), -0.75))
 
 
 @pytest.mark.parametrize(("name", "hint"), [("r51", "r50"), ("SE-R50", "se-r50"), ("mbfn", "mbf")])
@@ -263,8 +282,8 @@ def test_unknown_name_is_refused_with_a_suggestion(name, hint):
         {"embedding_size": 0},
         {"dropout": 1.0},
         {"dropout": -0.1},
-        {"input_size": 100},
-        {"input_size": 0},
+        {"resolution": 100},
+        {"resolution": 0},
     ],
 )
 def test_impossible_options_are_refused(options):

@@ -64,3 +64,35 @@ def test_the_reference_systems_rows_and_the_anchors_are_there():
     found = {(row["accuracy"], row["protocol"]) for row in rows("lfw") if not row["command"]}
     tuned = {(value, "the test pairs") for value in ("99.43", "99.38", "99.27", "99.23")}
     assert found == tuned | {("99.53", "as published"), ("99.28", "as published")}
+
+
+def a_run(**told: str) -> dict[str, str]:
+    return {
+        "change": "the recipe", "seed": "0", "identities": "2994", "photos": "16220",
+        "photos_seen": "162000", "minutes": "14.6", "validation": "83.00", "view1": "89.00",
+        "view2": "88.00", "view2_std": "1.20", "hardware": "a CPU", "date": "2026-11-28",
+        "commit": "abc", "command": "python train.py", **told,
+    }  # fmt: skip
+
+
+def test_ablations_are_means_over_seeds_with_their_spread():
+    rows = [
+        a_run(view2="88.00"),
+        a_run(change="no flip", view2="80.00", date="2026-11-29", commit="abd"),
+        a_run(seed="1", view2="90.00"),
+    ]
+    table = readme_tables.ablations_table(rows).splitlines()
+    assert table[2].split(" | ")[-1] == "89.00 % ± 1.41 |" and "| 2 | 15 |" in table[2]
+    assert table[3].startswith("| no flip | 1 | ") and table[3].endswith("| 80.00 % |")
+    assert table[-1] == "2026-11-28 to 2026-11-29, a CPU, commits abc, abd."
+
+
+def test_runs_and_their_tests_are_shown_one_a_row():
+    table = readme_tables.runs_table([a_run(), a_run(change="official", seed="1")]).splitlines()
+    assert (
+        "16,220 photos of 2,994 people | 162,000 | 14.6 | 83.00 % | 89.00 % | 88.00 % ± 1.20"
+        in (table[2])
+    )
+    assert table[3].startswith("| official | 1 |")
+    found = readme_tables.mcnemar_table([{"model A": "ours", "model B": "official", "p": "1e-9"}])
+    assert found.splitlines()[2] == "| ours | official | 1e-9 |"

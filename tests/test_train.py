@@ -32,6 +32,7 @@ from conftest import make_prepared
 TINY = {
     "network": "mbf", "width": 0.125, "embedding_size": 32, "epochs": 2, "batch_size": 16,
     "s": 16.0, "m": 0.2, "dropout": 0.2, "workers": 0, "log_every": 3, "threads": 1,
+    "average": 0.1, "resolution": 48,
 }  # fmt: skip
 
 
@@ -57,7 +58,8 @@ def scalars(run: Path, name: str) -> list:
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
     saved = torch.load(run / "last.pt", weights_only=True)
-    return {**saved["backbone"], **{f"head.{key}": v for key, v in saved["head"].items()}}
+    parts = {"": "backbone", "head.": "head", "average.": "average"}
+    return {prefix + key: v for prefix, part in parts.items() for key, v in saved[part].items()}
 
 
 def same(one: dict, other: dict) -> bool:
@@ -144,6 +146,30 @@ def test_row21_a_stopped_run_goes_on_as_if_never_stopped(
     assert (tmp_path / "r/result.json").read_text() == (run / "result.json").read_text()
     steps = [event.step for event in scalars(tmp_path / "r", "train/loss")]
     assert len(steps) == len(set(steps))
+
+
+def test_the_best_weights_are_the_average_of_those_that_were_trained(finished):
+    _, run = finished
+    saved = torch.load(run / "last.pt", weights_only=True)
+    best, metadata = checkpoint.load_weights(run / "best.safetensors")
+    assert best.keys() == saved["average"].keys() == saved["backbone"].keys()
+    assert not same(saved["average"], saved["backbone"])
+    assert float(metadata["validation_accuracy"]) == pytest.approx(saved["best"], abs=1e-6)
+    state, _ = utils.read_weights(run / "last.pt")
+    assert same(state, saved["average"])
+
+
+def test_a_run_without_options_that_came_later_goes_on(options):
+    """Their defaults are what the run did."""
+    plain = dataclasses.replace(options, average=0.0, resolution=112, epochs=1)
+    train.main(plain)
+    path = options.runs / "r" / "config.json"
+    content = json.loads(path.read_text())
+    del content["options"]["average"], content["options"]["resolution"]
+    path.write_text(json.dumps(content))
+    assert train.main(plain) == 0
+    with pytest.raises(InputError, match=r"average 0\.0, now 0\.1"):
+        train.main(dataclasses.replace(plain, average=0.1))
 
 
 def test_a_finished_run_says_so_and_other_options_are_refused(finished, capsys):
@@ -241,6 +267,7 @@ def test_the_weights_say_what_they_are(finished):
     _, run = finished
     _, metadata = checkpoint.load_weights(run / "best.safetensors")
     assert metadata["network"] == "mbf" and metadata["embedding_size"] == "32"
+    assert metadata["resolution"] == "48"
     assert "RGB" in metadata["input"] and "127.5" in metadata["input"]
     assert 0 < float(metadata["threshold_degrees"]) < 180
     assert int(metadata["threshold_impostor_pairs"]) * float(metadata["threshold_far"]) >= 10
@@ -276,6 +303,7 @@ def test_the_weights_say_what_they_are(finished):
         ({"accumulate": 3}, "name a multiple of 3, at least 6"),
         ({"accumulate": 16}, "name a multiple of 16, at least 32"),
         ({"name": "a/b"}, "is no name of a folder"),
+        ({"resolution": 60}, "--resolution 60 is no multiple of 16"),
     ],
 )
 def test_bad_input_is_refused_before_a_folder_is_made(options, change, said):

@@ -2,6 +2,9 @@
 
 import dataclasses
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -45,7 +48,7 @@ def faces(tmp_path) -> data_gen.FaceSet:
 
 
 def build(options: TrainOptions, amp: torch.dtype | None = None) -> training_step.Net:
-    net = training_step.build(options, C, CPU, amp)
+    net = training_step.build(options, C, 100, CPU, amp)
     net.backbone.train()
     return net
 
@@ -152,6 +155,57 @@ def test_row26_compiled_and_distributed_modules_save_plain_keys(options):
 
 
 @pytest.mark.slow
+def test_the_average_follows_the_weights_and_running_statistics(options, batch):
+    changed = dataclasses.replace(options, average=0.04)  # of build's 100 steps: 4
+    net = build(changed)
+    expected = {}
+    for step in range(5):
+        training_step.backward(net, batch, step, changed)
+        training_step.update(net, training_step.gradient_norm(net), True, 0.1, 5.0)
+        for key, value in net.backbone.state_dict().items():
+            now = value.double()
+            expected[key] = 0.75 * expected[key] + 0.25 * now if step else now
+    assert net.published is net.average.module and net.published is not net.backbone
+    found = net.published.state_dict()
+    for key, value in expected.items():
+        if found[key].is_floating_point():
+            torch.testing.assert_close(found[key].double(), value, rtol=1e-5, atol=1e-6)
+    trained = net.backbone.features.layers[2].weight
+    assert not torch.equal(found["features.layers.2.weight"], trained)
+    assert not any(parameter.requires_grad for parameter in net.published.parameters())
+    plain = build(dataclasses.replace(options, average=0.0))
+    assert plain.average is None and plain.published is plain.backbone
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_cpu_takes_bf16_where_it_pays(options, monkeypatch, native):
+    monkeypatch.setattr(train.utils, "multiplies_bf16", lambda: native)
+    found = {
+        (amp, compiled): train.pick_amp(
+            dataclasses.replace(options, amp=amp, compile=compiled), CPU
+        )
+        for amp in ("auto", "bf16", "off")
+        for compiled in (True, False)
+    }
+    assert found["auto", True] == (torch.bfloat16 if native else None)
+    assert found["auto", False] is found["off", True] is found["off", False] is None
+    assert found["bf16", True] == found["bf16", False] == torch.bfloat16
+
+
+def test_a_compiler_that_fails_is_told_with_a_way_out(prepared, tmp_path):
+    """In a process of its own: torch remembers the compiler that it has found."""
+    compiler = tmp_path / "g++"
+    compiler.write_text("#!/bin/sh\necho 'fatal error: Python.h: No such file' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    words = ["--data", prepared, "--runs", tmp_path, "--name", "r", "--network", "mbf"]
+    words += ["--width", "0.125", "--epochs", "1", "--batch-size", "16", "--compile"]
+    environment = {**os.environ, "CXX": str(compiler), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, str(config.ROOT / "train.py"), *map(str, words)]
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert ended.returncode == 2 and "Traceback" not in ended.stderr, ended.stderr
+    assert "--compile failed (" in ended.stderr and "--no-compile" in ended.stderr
+
+
 def test_a_compiled_backbone_trains_as_the_plain_one(options, batch):
     found = []
     for compiled in (False, True):

@@ -1,0 +1,257 @@
+"""The runs behind README's tables, one after the other. What results/*.csv has is not run again.
+
+    python pre_process.py --src lfw-deepfunneled.tgz --out data/lfw --keep-undetected
+    python pre_process.py --src train-faces.zip --out data/faces
+    python benchmarks/experiments.py --list
+    python benchmarks/experiments.py --what final        # and: ablations, peers, scaling
+
+Takes hours. It may be stopped at any moment: the run under way goes on from its last checkpoint
+when the command is repeated. data/lfw must hold LFW's pairs.txt (View 2) and pairsDevTest.txt
+(View 1); nothing is chosen by View 2, each model is scored on it once, at its end.
+
+Each run is one command of train.py or benchmarks/peers.py in runs/experiments/<name>, then two of
+lfw_eval.py. Its row goes into results/<group>.csv, its curves into results/curves/<name>.csv, and
+where models are compared pair by pair, McNemar's test into results/mcnemar.csv.
+"""
+
+import csv
+import itertools
+import json
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts
+
+import numpy as np
+import torch
+
+import checkpoint
+import comparison
+import config
+import data_gen
+import manifest
+import training_curves
+import utils
+from config import ROOT, RUNS, InputError, option
+
+RESULTS = ROOT / "results"
+HEAD = ("change", "seed", "identities", "photos", "photos_seen", "minutes", "validation", "view1",
+        "view2", "view2_std", "hardware", "date", "commit", "command")  # fmt: skip
+SHORT = 10  # epochs of an ablation: about 15 minutes
+VIEW_1, VIEW_2 = "pairsDevTest.txt", "pairs.txt"
+GROUPS = ("final", "ablations", "peers", "scaling")
+
+
+@dataclass(frozen=True)
+class Options:
+    what: str = option("final", "group of runs", choices=(*GROUPS, "all"))
+    data: Path = option(config.DATA / "faces", "the prepared training set")
+    lfw: Path = option(config.DATA / "lfw", "prepared LFW, with its two lists of pairs")
+    list: bool = option(False, "only tell the runs, and which are done")
+
+
+@dataclass(frozen=True)
+class Run:
+    group: str
+    change: str  # against the recipe, in words
+    seed: int
+    words: tuple[str, ...]  # the command without --data, --seed and --name
+    part: int = 1  # of the identities, one in so many
+
+    @property
+    def name(self) -> str:
+        slug = "".join(letter if letter.isalnum() else "-" for letter in self.change)
+        return f"{self.group}-{slug}-{self.seed}"
+
+
+# --------------------------------------------------------------------------------------------------
+# the runs
+
+OURS = ("train.py", "--recipe", "cpu")
+CHANGES = {
+    "the recipe": (),
+}
+
+
+def planned(what: str) -> Iterator[Run]:
+    if what in ("final", "all"):
+        for seed in (0, 1):
+            yield Run("final", "the recipe", seed, OURS)
+    if what in ("ablations", "all"):
+        for seed, (change, words) in itertools.product((0, 1, 2), CHANGES.items()):
+            script = words if words[:1] == ("benchmarks/peers.py",) else (*OURS, *words)
+            yield Run("ablations", change, seed, (*script, "--epochs", str(SHORT)))
+    if what in ("peers", "all"):
+        yield Run("peers", "ours", 0, (*OURS, "--epochs", str(SHORT)))
+        for peer in ("reference", "official"):
+            words = ("benchmarks/peers.py", "--recipe", peer, "--epochs", str(SHORT))
+            yield Run("peers", peer, 0, words)
+    if what in ("scaling", "all"):
+        for part in (8, 4, 2, 1):
+            yield Run(
+                "scaling", f"1 of {part}", 0, (*OURS, "--epochs", str(2 * SHORT * part)), part
+            )
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def main(options: Options) -> None:
+    for path in (options.data, options.lfw):
+        if not (path / manifest.NAME).exists():
+            raise InputError(f"{path / manifest.NAME} is not there: prepare the set first (README)")
+    for pairs in (VIEW_1, VIEW_2):
+        if not (options.lfw / pairs).exists():
+            raise InputError(f"{options.lfw / pairs} is not there: copy LFW's list of pairs there")
+    runs = list(planned(options.what))
+    done = {
+        (group, row["change"], row["seed"])
+        for group in GROUPS
+        for row in read(RESULTS / f"{group}.csv")
+    }
+    for run in runs:
+        finished = (run.group, run.change, str(run.seed)) in done
+        print(f"{'done' if finished else 'to do':6} {run.name}", flush=True)
+        if not finished and not options.list:
+            perform(run, options)
+    if not options.list and options.what in ("peers", "all"):
+        compare([run for run in runs if run.group == "peers"], options)
+
+
+def perform(run: Run, options: Options) -> None:
+    """Train, score on View 1 and View 2, and write the row: with it, the run counts as done."""
+    folder = RUNS / "experiments" / run.name
+    data = part_of(options.data, run.part)
+    words = [*run.words, "--data", config.canonical(data), "--seed", str(run.seed)]
+    words += ["--runs", "runs/experiments", "--name", run.name]
+    before = minutes(folder)
+    started = time.monotonic()
+    call([*words, *(["--resume"] if before else [])])
+    taken = before + (time.monotonic() - started) / 60
+    view1, view2 = (accuracy(folder, run, options.lfw, pairs) for pairs in (VIEW_1, VIEW_2))
+    result = json.loads((folder / "result.json").read_text())
+    told = json.loads((folder / "config.json").read_text())
+    batch = told["options"]["batch_size"]
+    row = {
+        "change": run.change,
+        "seed": run.seed,
+        "identities": told["identities"],
+        "photos": told["photos"],
+        "photos_seen": result["steps"] * batch,
+        "minutes": f"{taken:.1f}",
+        "validation": f"{100 * result['validation']:.2f}",
+        "view1": f"{100 * view1['mean']:.2f}",
+        "view2": f"{100 * view2['mean']:.2f}",
+        "view2_std": f"{100 * view2['std']:.2f}",
+        "hardware": f"{utils.hardware(torch.device('cpu'))}, torch {torch.__version__}",
+        "date": datetime.now(UTC).date().isoformat(),
+        "commit": utils.commit(),
+        "command": shlex.join(["python", *words]),
+    }
+    write_curves(run, folder, batch)
+    append(RESULTS / f"{run.group}.csv", HEAD, [row])
+
+
+def call(words: list[str]) -> None:
+    print("$ python " + shlex.join(words), flush=True)
+    code = subprocess.run([sys.executable, *words], cwd=ROOT).returncode
+    if code:
+        raise SystemExit(code)
+
+
+def minutes(folder: Path) -> float:
+    """That a run has taken so far, by its event files: 0 where it has not begun."""
+    if not checkpoint.exists(folder):
+        return 0.0
+    files = [path for path in folder.glob(training_curves.EVENTS) if path.stat().st_size]
+    begun = [float(path.name.split(".")[3]) for path in files]  # its name says when
+    spans = (path.stat().st_mtime - start for path, start in zip(files, begun, strict=True))
+    return sum(max(span, 0.0) for span in spans) / 60
+
+
+def accuracy(folder: Path, run: Run, lfw: Path, pairs: str) -> dict[str, float]:
+    out = folder / Path(pairs).stem
+    call(["lfw_eval.py", "--data", str(lfw), "--pairs", str(lfw / pairs), "--model",
+          str(model_of(folder, run)), "--out", str(out)])  # fmt: skip
+    return json.loads((out / "eval.json").read_text())["accuracy"]
+
+
+def model_of(folder: Path, run: Run) -> Path:
+    graph = folder / "reference.onnx"  # of a network that is none of ours
+    return graph if run.change == "reference" else folder
+
+
+def compare(runs: list[Run], options: Options) -> None:
+    """McNemar's test on the same pairs, for models that lie here."""
+    folders = [RUNS / "experiments" / run.name for run in runs]
+    models = [model_of(folder, run) for folder, run in zip(folders, runs, strict=True)]
+    if read(RESULTS / "mcnemar.csv") or not all(model.exists() for model in models):
+        return
+    out = RUNS / "experiments" / "peers"
+    call(["lfw_eval.py", "--data", str(options.lfw), "--pairs", str(options.lfw / VIEW_2),
+          "--model", *map(str, models), "--out", str(out)])  # fmt: skip
+    append(RESULTS / "mcnemar.csv", comparison.TESTS, read(out / "mcnemar.csv"))
+
+
+def part_of(data: Path, part: int) -> Path:
+    """A prepared folder with one in so many of the identities, whose crops are those of `data`."""
+    if part == 1:
+        return data
+    out = data.with_name(f"{data.name}-1of{part}")
+    faces = data_gen.load_faces(data)
+    names = np.array(faces.identities)
+    kept = set(np.random.default_rng(0).permutation(names)[: len(names) // part].tolist())
+    out.mkdir(exist_ok=True)
+    if not (out / "images").exists():
+        (out / "images").symlink_to((data / "images").resolve())
+    with open(data / manifest.NAME, newline="") as file:
+        rows = list(csv.DictReader(file))
+    write(out / manifest.NAME, tuple(rows[0]), [row for row in rows if row["identity"] in kept])
+    return out
+
+
+# --------------------------------------------------------------------------------------------------
+# CSV
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def append(path: Path, head: tuple[str, ...], rows: list[dict]) -> None:
+    write(path, head, [*read(path), *rows])
+
+
+def write(path: Path, head: tuple[str, ...], rows: list[dict]) -> None:
+    table = [list(head), *([row[key] for key in head] for row in rows)]
+    checkpoint.write_atomic(path, comparison.as_csv(table))
+
+
+def write_curves(run: Run, folder: Path, batch: int) -> None:
+    """Validation after each epoch, and the loss there, for the pictures."""
+    curves = training_curves.read(folder)
+    scores, losses = curves["validation/accuracy"], curves["train/loss"]
+    rows = [
+        {
+            "photos_seen": int(step) * batch,
+            "validation": f"{100 * value:.2f}",
+            "loss": f"{np.interp(step, losses.steps, losses.values):.3f}",
+        }
+        for step, value in zip(scores.steps, scores.values, strict=True)
+    ]
+    path = RESULTS / "curves" / f"{run.name}.csv"
+    path.parent.mkdir(exist_ok=True)
+    write(path, ("photos_seen", "validation", "loss"), rows)
+
+
+if __name__ == "__main__":
+    config.run(main, config.parse(Options, __doc__))

@@ -1,0 +1,133 @@
+"""The driver of the long runs, without the runs. Run: python -m pytest tests/test_experiments.py"""
+
+import csv
+import json
+import time
+
+import numpy as np
+import pytest
+
+import checkpoint
+import config
+import data_gen
+from benchmarks import experiments, peers
+from benchmarks.experiments import Options, Run
+from config import InputError
+
+
+@pytest.fixture
+def options(prepared, tmp_path, monkeypatch):
+    """The tiny set in the place of both; nothing is trained, and what would be run is recorded."""
+    lfw = tmp_path / "lfw"
+    lfw.mkdir()
+    for name in ("manifest.csv", experiments.VIEW_1, experiments.VIEW_2):
+        (lfw / name).touch()
+    monkeypatch.setattr(experiments, "RESULTS", tmp_path)
+    return Options(what="final", data=prepared, lfw=lfw)
+
+
+def test_each_run_has_a_name_and_a_place_of_its_own():
+    runs = list(experiments.planned("all"))
+    assert (
+        len({run.name for run in runs})
+        == len(runs)
+        == len({(run.group, run.change, run.seed) for run in runs})
+    )
+    assert {run.group for run in runs} == set(experiments.GROUPS)
+    assert [run for what in experiments.GROUPS for run in experiments.planned(what)] == runs
+
+
+def test_their_commands_are_understood(monkeypatch):
+    monkeypatch.setattr(config, "RECIPES", {**config.RECIPES, **peers.PEERS})
+    for run in experiments.planned("all"):
+        script, *words = run.words
+        assert (config.ROOT / script).exists()
+        options = config.parse(config.TrainOptions, "", words)
+        assert options.recipe in config.RECIPES
+
+
+def test_what_has_a_row_is_not_run_again(options, monkeypatch, capsys):
+    run = Run("final", "the recipe", 0, experiments.OURS)
+    row = dict.fromkeys(experiments.HEAD, "") | {"change": run.change, "seed": "0"}
+    experiments.append(experiments.RESULTS / "final.csv", experiments.HEAD, [row])
+    performed = []
+    monkeypatch.setattr(experiments, "perform", lambda run, _: performed.append(run.seed))
+    experiments.main(options)
+    assert performed == [1]
+    out = capsys.readouterr().out
+    assert f"done   {run.name}" in out and "to do  final-the-recipe-1" in out
+
+
+def test_a_run_writes_its_row_last(options, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "RUNS", tmp_path)
+    run = Run("final", "the recipe", 1, ("train.py", "--epochs", "1"))
+    folder = tmp_path / "experiments" / run.name
+    called = []
+
+    def call(words):
+        called.append(words)
+        folder.mkdir(parents=True, exist_ok=True)
+        if words[0] == "train.py":
+            checkpoint.write_json(folder / "result.json", {"steps": 10, "validation": 0.875})
+            checkpoint.write_json(
+                folder / "config.json",
+                {"identities": 3, "photos": 9, "options": {"batch_size": 64}},
+            )
+        else:
+            assert not (tmp_path / "final.csv").exists()
+            out = folder / ("pairsDevTest" if "pairsDevTest.txt" in words[4] else "pairs")
+            out.mkdir(exist_ok=True)
+            figure = {"accuracy": {"mean": 0.9 if out.name == "pairs" else 0.91, "std": 0.01}}
+            (out / "eval.json").write_text(json.dumps(figure))
+
+    monkeypatch.setattr(experiments, "call", call)
+    monkeypatch.setattr(experiments, "write_curves", lambda *_: None)
+    experiments.perform(run, options)
+    assert [words[0] for words in called] == ["train.py", "lfw_eval.py", "lfw_eval.py"]
+    assert "--resume" not in called[0] and called[0][-1] == run.name
+    (row,) = experiments.read(tmp_path / "final.csv")
+    assert row["view1"] == "91.00" and row["view2"] == "90.00" and row["view2_std"] == "1.00"
+    assert row["photos_seen"] == "640" and row["validation"] == "87.50" and row["seed"] == "1"
+    assert row["command"].startswith("python train.py --epochs 1 --data ")
+
+
+def test_the_minutes_of_a_stopped_run_count(tmp_path):
+    assert experiments.minutes(tmp_path) == 0
+    (tmp_path / "last.pt").touch()
+    began = time.time() - 600
+    (tmp_path / f"events.out.tfevents.{began:.0f}.host.1.0").write_bytes(b"x")
+    assert experiments.minutes(tmp_path) == pytest.approx(10, abs=0.1)
+
+
+@pytest.mark.parametrize("part", [2, 4])
+def test_a_part_of_the_identities(prepared, tmp_path, part):
+    import shutil
+
+    data = tmp_path / "faces"
+    shutil.copytree(prepared, data)
+    whole = data_gen.load_faces(data)
+    faces = data_gen.load_faces(experiments.part_of(data, part))
+    assert len(faces.identities) == len(whole.identities) // part
+    assert set(faces.identities) < set(whole.identities)
+    place = whole.images.index(faces.images[0])
+    np.testing.assert_array_equal(faces.read(0), whole.read(place))
+    again = data_gen.load_faces(experiments.part_of(data, part))
+    assert again.identities == faces.identities
+    assert experiments.part_of(data, 1) == data
+
+
+def test_sets_that_are_not_prepared_are_told(options, tmp_path):
+    (options.lfw / experiments.VIEW_1).unlink()
+    with pytest.raises(InputError, match=r"pairsDevTest\.txt is not there"):
+        experiments.main(options)
+    (options.lfw / "manifest.csv").unlink()
+    with pytest.raises(InputError, match="prepare the set first"):
+        experiments.main(options)
+
+
+def test_rows_are_plain_csv(tmp_path):
+    head = ("a", "b")
+    experiments.append(tmp_path / "x.csv", head, [{"a": "1, 2", "b": "x"}])
+    experiments.append(tmp_path / "x.csv", head, [{"a": "3", "b": "y"}])
+    with open(tmp_path / "x.csv", newline="") as file:
+        assert list(csv.reader(file)) == [["a", "b"], ["1, 2", "x"], ["3", "y"]]
