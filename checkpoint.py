@@ -224,7 +224,7 @@ def check_state(
     module: torch.nn.Module,
     state: dict[str, torch.Tensor],
     source: Path,
-    fix: str = "use the --network, --width and --embedding-size of the file",
+    fix: str = "use the --network, --width, --resolution and --embedding-size of the file",
 ) -> None:
     """Raises InputError that lists the first five keys and shapes that do not fit."""
     own = module.state_dict()

@@ -219,13 +219,6 @@ class TrainOptions:
     clip_norm: float = option(
         5.0, "largest norm of the gradient of backbone and head; 0 = off", low=0
     )
-    average: float = option(
-        0.0,
-        "validate and keep the running average of the weights over about this share of the run; "
-        "0 = the weights themselves",
-        low=0,
-        high=0.5,
-    )
 
     augment: str = option(
         "flip",
@@ -285,7 +278,7 @@ class ExportOptions:
     name: str | None = option(
         None, "of the files, without suffix (default: that of the run or file, and the network)"
     )
-    half: bool = option(False, "write the weights alone, in fp16: a quarter of the size in all")
+    half: bool = option(False, "write the weights alone, in fp16: half the size")
     threads: int = option(0, "CPU threads, 0 = torch's default", low=0)
 
 
@@ -435,16 +428,16 @@ def parse(kind: type[Options], doc: str | None, argv: list[str] | None = None) -
     named, unknown = parser.parse_known_intermixed_args(argv)  # photos anywhere among options
     if unknown:
         parser.error(_suggest(unknown[0], parser))
-    values = vars(named)
+    typed = values = vars(named)
     if values.get("resume"):
         values = {**_of_run(values, parser), **values}
     if kind is TrainOptions and not {"data", "recipe"} & values.keys() and not RAW.exists():
         values["recipe"] = "demo"  # on the embedded faces; what the command line names still wins
     recipe = values.get("recipe")
-    if recipe is not None:
-        if recipe not in RECIPES:
-            parser.error(f"--recipe {recipe!r} is unknown: choose from {', '.join(RECIPES)}")
+    if recipe in RECIPES:
         values = {**RECIPES[recipe], **values}
+    elif "recipe" in typed:  # one of a run may be older than these: its values are in config.json
+        parser.error(f"--recipe {recipe!r} is unknown: choose from {', '.join(RECIPES)}")
     options = kind(**values)
     for field in dataclasses.fields(kind):
         complaint = _out_of_range(field, getattr(options, field.name))

@@ -16,7 +16,8 @@ Writes into the folder, the same bytes for the same weights and commit:
                        comes from the run's config.json, result.json and reports (eval.json).
                        Add what only you know: a card that differs is never written over
     NAME.sha256        of the model files, for sha256sum -c
-Both model files carry the same metadata: network, width, embedding_size, input, commit, threshold.
+Both model files carry the same metadata: network, width, embedding_size, resolution, input, commit,
+threshold.
 The ONNX file is held against PyTorch in onnxruntime before anything is written. With --half there
 is none, and matrices and kernels are rounded to fp16: half the size, read by the same scripts.
 """
@@ -73,10 +74,11 @@ def main(options: ExportOptions) -> None:
 
     if options.half:
         state = halved(network.state_dict())
+        metadata["precision"] = "fp16"
         files = {}
         rounded = utils.create(metadata, source)
         rounded.load_state_dict(state)
-        lowest = check(rounded.eval(), network, source)
+        lowest = check(rounded.eval(), network, source, "or leave out --half")
     else:
         state = network.state_dict()
         graph = to_onnx(folding.fold(network), metadata)
@@ -163,7 +165,7 @@ def read_back(graph: bytes) -> nn.Module:
         return utils.OnnxBackbone(file)
 
 
-def check(exported: nn.Module, network: nn.Module, source: Path) -> float:
+def check(exported: nn.Module, network: nn.Module, source: Path, fix: str = "") -> float:
     """The lowest cosine between embeddings of the two, over BATCHES of patterns.
 
     `network` is the whole one, so that folding is checked, too. Raises InputError: too low.
@@ -183,7 +185,7 @@ def check(exported: nn.Module, network: nn.Module, source: Path) -> float:
     if not lowest >= LEAST_COSINE:  # NaN, too
         raise InputError(
             f"{source}: the exported network differs from PyTorch (cosine {lowest:.7f}, at least "
-            f"{LEAST_COSINE} is wanted): nothing was written; are the weights finite?"
+            f"{LEAST_COSINE} is wanted): nothing was written; are the weights finite? {fix}".strip()
         )
     return lowest
 

@@ -37,7 +37,7 @@ def fold(model: nn.Module) -> nn.Module:
             module.layers = nn.Sequential(after(conv, norm), *activation)
     if isinstance(model, models.IResNet):
         model.conv1, model.bn1 = after(model.conv1, model.bn1), nn.Identity()
-        # (N, C, 7, 7) is flattened channel by channel: a and b of each are repeated 49 times.
+        # (N, C, H, W) is flattened channel by channel: a and b of each are repeated H * W times.
         area = model.fc.in_features // model.bn2.num_features
         model.fc = before(model.bn2, after(model.fc, model.features), area)
         model.bn2, model.features = nn.Identity(), nn.Identity()

@@ -22,8 +22,8 @@ from photo_folders import one_line
 
 SUFFIXES = (".pth", ".pt")
 INPUT = "112x112 RGB, (x - 127.5) / 127.5"
-# Where checkpoints keep a backbone: common use, arcface_torch, our last.pt (the average first).
-WRAPPERS = ("state_dict", "state_dict_backbone", "average", "backbone")
+# Where checkpoints keep a backbone: common use, arcface_torch, our last.pt.
+WRAPPERS = ("state_dict", "state_dict_backbone", "backbone")
 # Keys whose first size is a stage's channels, and how many those are at width 1.
 IRESNET = {f"layer{k + 1}.0.conv2.weight": c for k, c in enumerate((64, 128, 256, 512))}
 MBF = {

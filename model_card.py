@@ -23,13 +23,13 @@ VIEW_2 = LFW_PAIRS[0].sha256
 MARGINS = {"arcface": ("m",), "cosface": ("m3",), "combined": ("m1", "m", "m3")}  # their own
 SETTINGS = (
     "s", "easy_margin", "focal_gamma", "head", "sample_rate", "epochs", "batch_size", "lr",
-    "lr_batch", "schedule", "milestones", "warmup", "weight_decay", "average", "dropout", "augment",
+    "lr_batch", "schedule", "milestones", "warmup", "weight_decay", "dropout", "augment",
     "min_images", "seed",
 )  # fmt: skip
 # Values that mean "not used", which are left out; None: whatever it is.
 OFF = {
     "easy_margin": False, "focal_gamma": 0, "sample_rate": 1, "lr_batch": 0, "milestones": None,
-    "warmup": 0, "weight_decay": 0, "average": 0, "dropout": 0, "augment": "none",
+    "warmup": 0, "weight_decay": 0, "dropout": 0, "augment": "none",
     "min_images": 1,
 }  # fmt: skip
 
@@ -77,6 +77,8 @@ def about(metadata: dict[str, str], network: nn.Module) -> str:
     millions = models.count_parameters(network) / 1e6
     side = metadata.get("resolution", str(models.CROP))
     seen = "" if side == str(models.CROP) else f"; it shrinks the crops to {cell(side)} px"
+    if metadata.get("precision") == "fp16":
+        seen += "; matrices and kernels are rounded to fp16"
     return (
         f"\nFace embeddings: {metadata['network']}, width {metadata['width']}, {millions:.2f} M "
         f"parameters{seen}.\n\nIn: float32 (N, 3, 112, 112), {cell(metadata['input'])},\n"

@@ -129,7 +129,7 @@ class IResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.shrink(x)
-        x = self.prelu(self.bn1(self.conv1(x)))  # (N, 64, 112, 112)
+        x = self.prelu(self.bn1(self.conv1(x)))  # (N, 64, 112, 112) at the published size
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             for block in stage:
                 x = _again(block, x) if self.checkpointing else block(x)  # (N, 512, 7, 7) at last

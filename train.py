@@ -2,7 +2,7 @@
 
     python train.py                                      # what `pre_process.py` prepared by default
     python train.py --data data/faces --network se-r18 --width 0.25 --epochs 2 --name first
-    python train.py --data data/faces --recipe cpu             # 2 CPU cores
+    python train.py --data data/faces --recipe cpu                   # 2 CPU cores
     python train.py --data data/casia --recipe casia-r50             # one GPU
     python train.py --data data/faces --name first --resume          # go on where it stopped
     python train.py --data data/faces --network r50 --init backbone.pth --lr 0.01  # fine-tune it
@@ -77,12 +77,15 @@ FREE = (
     "log_every",
     "save_every",
     "device",
+    "amp",
     "threads",
     "recipe",
     "tensorboard",
     "checkpointing",
     "compile",
 )
+
+AMPS = {None: "off", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def main(options: TrainOptions) -> int:
@@ -96,6 +99,8 @@ def main(options: TrainOptions) -> int:
         utils.keep_freed_memory()
     torch.backends.cudnn.benchmark = True  # all batches have one shape
     amp = pick_amp(options, device)
+    # Kept as what it is: a run that goes on without --compile, or elsewhere, keeps its precision.
+    options = replace(options, amp=AMPS[amp])
     run = options.runs / options.name
     state = open_run(run, options)
     if state == "finished":
@@ -154,11 +159,7 @@ def train(
 ) -> int:
     """The run from its first or next step to its end -> exit code."""
     # ---- model, head, optimizer
-    sampler = data_gen.RunSampler(
-        len(faces), options.batch_size, options.epochs, options.seed, 0,
-        distributed.rank(), distributed.ranks(),
-    )  # fmt: skip
-    net = build(options, len(faces.identities), sampler.steps, device, amp)
+    net = build(options, len(faces.identities), device, amp)
     print_what_runs(net, options, len(faces.identities))
 
     # ---- resume
@@ -174,7 +175,10 @@ def train(
         state, net.origin = training_state.initial_weights(options)
         net.backbone.load_state_dict(state)
         distributed.say(f"backbone from {options.init}, the head is new")
-    sampler.start = step
+    sampler = data_gen.RunSampler(
+        len(faces), options.batch_size, options.epochs, options.seed, step,
+        distributed.rank(), distributed.ranks(),
+    )  # fmt: skip
     loader = data_gen.make_loader(
         faces, sampler, options.augment, options.workers, options.timeout, device.type == "cuda"
     )
@@ -239,7 +243,7 @@ def validate(
 ) -> float:
     """Score the network, keep its weights if it is the best so far -> the best accuracy."""
     nothing = Score(math.nan, None, None, 0)
-    score = validation.score(net.published, net.device) if validation else nothing
+    score = validation.score(net.backbone, net.device) if validation else nothing
     log.validation(step, score.accuracy)
     if score.accuracy <= best:  # false for NaN: with nothing to compare, the last one counts
         return best
@@ -323,7 +327,7 @@ def pick_amp(options: TrainOptions, device: torch.device) -> torch.dtype | None:
         return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
     if name == "fp16" and device.type == "cpu":
         raise InputError("--amp fp16 needs CUDA: on a CPU use --amp bf16 or --amp off")
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    return next(kind for kind, called in AMPS.items() if called == name)
 
 
 def open_run(run: Path, options: TrainOptions) -> str:

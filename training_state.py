@@ -68,9 +68,6 @@ def save(
             "origin": net.origin,
             "options": config.plain(options),
         }
-        if net.average:
-            state["average"] = net.average.module.state_dict()
-            state["averaged"] = int(net.average.n_averaged)
         checkpoint.save_checkpoint(run, state)
     distributed.barrier()
 
@@ -131,9 +128,6 @@ def check_classes(saved: dict, faces: data_gen.FaceSet, photos: str, run: Path) 
 def restore(saved: dict, net: Net, run: Path) -> None:
     """Put a checkpoint back. With another number of ranks, random states start anew."""
     checkpoint.load_state(net.backbone, saved["backbone"], run / checkpoint.LAST)
-    if net.average:
-        checkpoint.load_state(net.average.module, saved["average"], run / checkpoint.LAST)
-        net.average.n_averaged.fill_(saved["averaged"])
     optimizer = saved["optimizer"]
     if net.sharded:
         momentum = load_centres(run, saved["parts"], net.head)
@@ -252,4 +246,4 @@ def save_best(
             "threshold_impostor_pairs": str(score.impostors),
             "threshold_from": validated_on,
         }
-    checkpoint.save_weights(run / checkpoint.BEST, net.published.state_dict(), metadata)
+    checkpoint.save_weights(run / checkpoint.BEST, net.backbone.state_dict(), metadata)

@@ -1,6 +1,6 @@
 """All that is trained, and one step of it: build, learning rate, gradients, checks, update.
 
-    net = build(options, num_identities, steps, device, amp)
+    net = build(options, num_identities, device, amp)
     entropy, own, other = backward(net, batch, step, options)
     norm = gradient_norm(net)
     code, loss_ok, norm_ok = agree(stop.code, entropy, norm)             # over all ranks
@@ -19,7 +19,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import data_gen
 import distributed
@@ -36,7 +35,6 @@ class Net:
 
     backbone: nn.Module
     head: ArcMarginHead
-    average: AveragedModel | None  # of the backbone's weights and running statistics
     run_backbone: nn.Module  # the same backbone, compiled and under DDP where wanted
     run_head: nn.Module
     optimizer: torch.optim.Optimizer
@@ -48,23 +46,13 @@ class Net:
     origin: str = ""  # what the backbone started from, where that was no random weights
 
     @property
-    def published(self) -> nn.Module:
-        """The backbone that is validated and kept as the best."""
-        return self.backbone if self.average is None else self.average.module
-
-    @property
     def sharded(self) -> bool:
         return isinstance(self.head, ShardedHead)
 
 
 def build(
-    options: TrainOptions,
-    num_identities: int,
-    steps: int,
-    device: torch.device,
-    amp: torch.dtype | None,
+    options: TrainOptions, num_identities: int, device: torch.device, amp: torch.dtype | None
 ) -> Net:
-    """`steps` are those of the whole run."""
     torch.manual_seed(options.seed)  # the same weights on every rank
     backbone = new_backbone(options)
     backbone.checkpointing = options.checkpointing
@@ -77,7 +65,6 @@ def build(
     return Net(
         backbone,
         head,
-        make_average(backbone, options.average * steps),
         distributed.wrap(run_backbone, device),
         head if options.head == "sharded" else distributed.wrap(head, device),
         make_optimizer(backbone, head, options),
@@ -95,16 +82,6 @@ def new_backbone(options: TrainOptions) -> nn.Module:
         options.width,
         options.resolution,
     )
-
-
-def make_average(backbone: nn.Module, steps: float) -> AveragedModel | None:
-    """An exponential moving average with a time constant of so many steps; 0: none."""
-    if not steps:
-        return None
-    decay = 1 - 1 / max(1.0, steps)
-    return AveragedModel(
-        backbone, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True
-    ).requires_grad_(False)
 
 
 def seed_of_rank(seed: int) -> int:
@@ -293,8 +270,6 @@ def update(net: Net, norm: Tensor, norm_ok: bool, rate: float, limit: float) -> 
             grad.mul_((limit / (norm + 1e-6)).clamp(max=1.0))
     net.scaler.step(net.optimizer)
     net.scaler.update()
-    if net.average is not None:
-        net.average.update_parameters(net.backbone)
 
 
 def explained(error: Exception, options: TrainOptions, device: torch.device) -> Exception:

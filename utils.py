@@ -176,14 +176,19 @@ def pick_device(name: str) -> torch.device:
 
 
 def commit() -> str:
-    """Short hash of the repo's commit, with + where files differ from it; 'unknown' without git."""
+    """Short hash of the repo's commit, with + where files differ from it; 'unknown' without git.
+
+    What was measured (results/) is no code, and does not count as a difference.
+    """
     git = ["git", "-C", str(ROOT)]
     try:
         head = subprocess.run(
             [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
         ).stdout.strip()
         changed = subprocess.run(
-            [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True
+            [*git, "status", "--porcelain", "--untracked-files=no", "--", ":(top,exclude)results"],
+            capture_output=True,
+            text=True,
         ).stdout
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

@@ -18,26 +18,28 @@ import csv
 import itertools
 import json
 import shlex
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts
 
 import numpy as np
-import torch
 
 import checkpoint
 import comparison
 import config
 import data_gen
 import manifest
+import train
 import training_curves
-import utils
+from benchmarks import peers
 from config import ROOT, RUNS, InputError, option
 
 RESULTS = ROOT / "results"
@@ -103,12 +105,9 @@ def planned(what: str) -> Iterator[Run]:
 
 
 def main(options: Options) -> None:
-    for path in (options.data, options.lfw):
-        if not (path / manifest.NAME).exists():
-            raise InputError(f"{path / manifest.NAME} is not there: prepare the set first (README)")
-    for pairs in (VIEW_1, VIEW_2):
-        if not (options.lfw / pairs).exists():
-            raise InputError(f"{options.lfw / pairs} is not there: copy LFW's list of pairs there")
+    options = replace(options, data=options.data.resolve(), lfw=options.lfw.resolve())
+    if not options.list:
+        check_sets(options)
     runs = list(planned(options.what))
     done = {
         (group, row["change"], row["seed"])
@@ -124,20 +123,32 @@ def main(options: Options) -> None:
         compare([run for run in runs if run.group == "peers"], options)
 
 
+def check_sets(options: Options) -> None:
+    for path in (options.data, options.lfw):
+        if not (path / manifest.NAME).exists():
+            raise InputError(f"{path / manifest.NAME} is not there: prepare the set first (README)")
+    for pairs in (VIEW_1, VIEW_2):
+        if not (options.lfw / pairs).exists():
+            raise InputError(f"{options.lfw / pairs} is not there: copy LFW's list of pairs there")
+
+
 def perform(run: Run, options: Options) -> None:
     """Train, score on View 1 and View 2, and write the row: with it, the run counts as done."""
     folder = RUNS / "experiments" / run.name
     data = part_of(options.data, run.part)
     words = [*run.words, "--data", config.canonical(data), "--seed", str(run.seed)]
     words += ["--runs", "runs/experiments", "--name", run.name]
-    before = minutes(folder)
+    begun = checkpoint.exists(folder)
+    if begun:
+        refuse_another(folder, words[1:])
+    before = minutes(folder) if begun else 0.0
     started = time.monotonic()
-    call([*words, *(["--resume"] if before else [])])
+    call([*words, *(["--resume"] if begun else [])])
     taken = before + (time.monotonic() - started) / 60
     view1, view2 = (accuracy(folder, run, options.lfw, pairs) for pairs in (VIEW_1, VIEW_2))
     result = json.loads((folder / "result.json").read_text())
     told = json.loads((folder / "config.json").read_text())
-    batch = told["options"]["batch_size"]
+    batch, score = told["options"]["batch_size"], result["validation"]
     row = {
         "change": run.change,
         "seed": run.seed,
@@ -145,13 +156,13 @@ def perform(run: Run, options: Options) -> None:
         "photos": told["photos"],
         "photos_seen": result["steps"] * batch,
         "minutes": f"{taken:.1f}",
-        "validation": f"{100 * result['validation']:.2f}",
+        "validation": "" if score is None else f"{100 * score:.2f}",
         "view1": f"{100 * view1['mean']:.2f}",
         "view2": f"{100 * view2['mean']:.2f}",
         "view2_std": f"{100 * view2['std']:.2f}",
-        "hardware": f"{utils.hardware(torch.device('cpu'))}, torch {torch.__version__}",
+        "hardware": f"{told['hardware']}, torch {told['torch']}",
         "date": datetime.now(UTC).date().isoformat(),
-        "commit": utils.commit(),
+        "commit": told["commit"],
         "command": shlex.join(["python", *words]),
     }
     write_curves(run, folder, batch)
@@ -159,16 +170,37 @@ def perform(run: Run, options: Options) -> None:
 
 
 def call(words: list[str]) -> None:
+    """Run a script to its end; a signal is its own to handle, and it saves first."""
     print("$ python " + shlex.join(words), flush=True)
-    code = subprocess.run([sys.executable, *words], cwd=ROOT).returncode
-    if code:
+    child = subprocess.Popen([sys.executable, *words], cwd=ROOT)
+    # A terminal's Ctrl-C reaches the child by itself.
+    handlers = {signal.SIGINT: lambda *_: None, signal.SIGTERM: lambda *_: child.terminate()}
+    earlier = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        code = child.wait()
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+    if code in (130, 143):
         raise SystemExit(code)
+    if code:
+        raise InputError(f"{words[0]} ended with {code}, see above: mend it and repeat the command")
+
+
+def refuse_another(folder: Path, words: list[str]) -> None:
+    """Raises InputError: what lies there was begun by other options, such as an older recipe."""
+    with mock.patch.object(config, "RECIPES", {**config.RECIPES, **peers.PEERS}):
+        wanted = config.plain(config.parse(config.TrainOptions, "", words))
+    found = config.read_run(folder)
+    changed = [key for key in wanted if key not in train.FREE and found.get(key) != wanted[key]]
+    if changed:
+        raise InputError(
+            f"{folder} was begun with another {', '.join(changed)}: move it away, and repeat"
+        )
 
 
 def minutes(folder: Path) -> float:
-    """That a run has taken so far, by its event files: 0 where it has not begun."""
-    if not checkpoint.exists(folder):
-        return 0.0
+    """That a run has taken so far, by its event files."""
     files = [path for path in folder.glob(training_curves.EVENTS) if path.stat().st_size]
     begun = [float(path.name.split(".")[3]) for path in files]  # its name says when
     spans = (path.stat().st_mtime - start for path, start in zip(files, begun, strict=True))
@@ -188,15 +220,17 @@ def model_of(folder: Path, run: Run) -> Path:
 
 
 def compare(runs: list[Run], options: Options) -> None:
-    """McNemar's test on the same pairs, for models that lie here."""
+    """McNemar's test on the same pairs."""
     folders = [RUNS / "experiments" / run.name for run in runs]
     models = [model_of(folder, run) for folder, run in zip(folders, runs, strict=True)]
-    if read(RESULTS / "mcnemar.csv") or not all(model.exists() for model in models):
+    missing = [str(model) for model in models if not model.exists()]
+    if missing:
+        print(f"results/mcnemar.csv is left as it is: {', '.join(missing)} not on this machine")
         return
     out = RUNS / "experiments" / "peers"
     call(["lfw_eval.py", "--data", str(options.lfw), "--pairs", str(options.lfw / VIEW_2),
           "--model", *map(str, models), "--out", str(out)])  # fmt: skip
-    append(RESULTS / "mcnemar.csv", comparison.TESTS, read(out / "mcnemar.csv"))
+    write(RESULTS / "mcnemar.csv", comparison.TESTS, read(out / "mcnemar.csv"))
 
 
 def part_of(data: Path, part: int) -> Path:
@@ -239,6 +273,9 @@ def write(path: Path, head: tuple[str, ...], rows: list[dict]) -> None:
 def write_curves(run: Run, folder: Path, batch: int) -> None:
     """Validation after each epoch, and the loss there, for the pictures."""
     curves = training_curves.read(folder)
+    if not {"validation/accuracy", "train/loss"} <= curves.keys():
+        print(f"WARNING: {folder} has lost its events: no curves of it", file=sys.stderr)
+        return
     scores, losses = curves["validation/accuracy"], curves["train/loss"]
     rows = [
         {

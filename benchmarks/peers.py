@@ -11,20 +11,25 @@ reference         the early PyTorch repo that this one follows in layout: a scal
                   ImageNet's normalisation
 official          arcface_torch: its r18 without squeeze-and-excitation, polynomial schedule,
                   s = 64, m = 0.5, a margin whose gradient is the one of the plain cosine
-                  (straight-through), no augmentation but the flip
+                  (straight-through), weight decay on everything, the backbone's gradient clipped
+                  by its norm, no augmentation but the flip
 straight-through  our recipe `cpu`, but for that gradient
 
-All other options are those of train.py and may be named, too. Data, order of the photos, batch
-size, held-out identities and precision are the same for all, so that recipes are compared, not
-loaders. Writes what train.py writes; of `reference` also reference.onnx, for lfw_eval.py.
+All other options are those of train.py and may be named, too, but for those of the parts above.
+Data, order of the photos, batch size, held-out identities and precision are the same for all, so
+that recipes are compared, not loaders. Writes what train.py writes; of `reference` also
+reference.onnx, for lfw_eval.py.
 
 Legend of shapes: N photos, C identities, E embedding size.
 """
 
+import importlib.util
 import math
 import sys
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts
@@ -35,45 +40,84 @@ from torch import Tensor, nn
 import checkpoint
 import config
 import export_onnx
+import job
 import models
 import train
 import training_step
 from arcface import ArcMarginHead
-from config import RECIPES, TrainOptions
+from config import RECIPES, InputError, TrainOptions
 
 PEERS: dict[str, dict[str, object]] = {
     "reference": {
         "network": "se-r18", "width": 0.5, "s": 64.0, "m": 0.5, "dropout": 0.5, "schedule": "step",
         "milestones": (0.2, 0.4, 0.6, 0.8), "warmup": 0.0, "lr": 0.1, "clip_norm": 0.0,
-        "augment": "flip", "amp": "bf16", "compile": True,
+        "augment": "flip", "compile": True,
     },
     "official": {
         "network": "r18", "width": 0.5, "s": 64.0, "m": 0.5, "schedule": "poly", "warmup": 0.0,
-        "lr": 0.1, "augment": "flip", "amp": "bf16", "compile": True,
+        "lr": 0.1, "augment": "flip", "compile": True,
     },
     "straight-through": RECIPES["cpu"],
 }  # fmt: skip
-CLIP = 5.0  # of the reference system: each entry of the gradient
+CLIP = 5.0  # the reference system: each entry of the gradient; arcface_torch: the backbone's norm
+# Options that the replaced parts do not heed.
+FIXED = ("head", "sample_rate", "margin", "m1", "m3", "easy_margin", "init")
+FIXED_REFERENCE = ("resolution", "checkpointing", "clip_norm")
 
 
 def main(options: TrainOptions) -> int:
+    check(options)
     with ExitStack() as stack:
-
-        def replace(module, name, value):
-            stack.enter_context(mock.patch.object(module, name, value))
-
-        if options.recipe == "reference":
-            replace(training_step, "new_backbone", ReferenceNet)
-            replace(training_step, "make_head", ReferenceHead.of)
-            replace(training_step, "make_optimizer", decay_everything)
-            replace(train, "update", clip_by_value)
-        else:
-            replace(training_step, "make_head", StraightThroughHead.of)
+        for module, name, part in parts(options.recipe):
+            stack.enter_context(mock.patch.object(module, name, part))
         code = train.main(options)
     run = options.runs / (options.name or options.recipe)
-    if code == 0 and options.recipe == "reference":
+    if code == 0 and options.recipe == "reference" and not job.rank():
         export(options, run)
     return code
+
+
+def parts(recipe: str) -> list[tuple[ModuleType, str, object]]:
+    """What takes the place of what in the training loop."""
+    straight = [(training_step, "make_head", StraightThroughHead.of)]
+    return {
+        "straight-through": straight,
+        "official": [
+            *straight,
+            (training_step, "make_optimizer", decay_everything),
+            (train, "update", clip_backbone),
+        ],
+        "reference": [
+            (training_step, "new_backbone", ReferenceNet),
+            (training_step, "make_head", ReferenceHead.of),
+            (training_step, "make_optimizer", decay_everything),
+            (train, "update", clip_by_value),
+        ],
+    }[recipe]
+
+
+def check(options: TrainOptions) -> None:
+    """Raises InputError: an option that would go unheeded, or a run of another recipe."""
+    usual = replace(TrainOptions(), **PEERS[options.recipe])
+    fixed = FIXED + FIXED_REFERENCE * (options.recipe == "reference")
+    for name in fixed:
+        if getattr(options, name) != getattr(usual, name):
+            raise InputError(f"--{name.replace('_', '-')} is fixed in --recipe {options.recipe}")
+    if options.recipe == "reference":
+        if options.network == "mbf":
+            raise InputError("--recipe reference has networks r18 ... and se-r18 ..., not mbf")
+        if (
+            importlib.util.find_spec("onnx") is None
+            or importlib.util.find_spec("onnxruntime") is None
+        ):
+            raise InputError(
+                "--recipe reference ends with an ONNX file: pip install onnx onnxruntime"
+            )
+    run = options.runs / (options.name or options.recipe)
+    if (run / "config.json").exists():
+        begun = config.read_run(run).get("recipe")
+        if begun != options.recipe:
+            raise InputError(f"{run} was begun with --recipe {begun}: choose another --name")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -113,7 +157,7 @@ class ReferenceHead(StraightThroughHead):
 
 
 # --------------------------------------------------------------------------------------------------
-# the reference system's network and update
+# the reference system's network
 
 
 class ReferenceNet(nn.Module):
@@ -146,8 +190,9 @@ class ReferenceNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = ((x + 1) / 2 - self.mean) / self.std
-        x = self.blocks(self.stem(x))  # (N, 512, 7, 7) at width 1
-        return self.features(self.fc(self.dropout(self.bn(x)).flatten(1))).float()  # (N, E)
+        x = self.dropout(self.bn(self.blocks(self.stem(x)))).flatten(1)  # (N, 512 * 7 * 7)
+        with models._full_precision(x):  # as our networks do
+            return self.features(self.fc(x.float()))  # (N, E)
 
 
 class ReferenceBlock(nn.Module):
@@ -171,11 +216,35 @@ class ReferenceBlock(nn.Module):
         return prelu(self.body(x) + self.shortcut(x))  # (N, c_out, H / stride, W / stride)
 
 
-def decay_everything(backbone: nn.Module, head: nn.Module, options: TrainOptions):
-    parameters = [*backbone.parameters(), head.weight]
+def export(options: TrainOptions, run: Path) -> None:
+    """The best weights as a graph that takes what our networks take, held against PyTorch."""
+    state, metadata = checkpoint.load_weights(run / checkpoint.BEST)
+    network = ReferenceNet(options).eval()
+    checkpoint.load_state(network, state, run / checkpoint.BEST)
+    metadata = {**export_onnx.complete(metadata), "network": "reference system's SE-LResNet-E-IR"}
+    graph = export_onnx.to_onnx(network, metadata)
+    export_onnx.check(export_onnx.read_back(graph), network, run)
+    checkpoint.write_atomic(run / "reference.onnx", graph)
+    print(f"of another kind than ours: python lfw_eval.py --model {run / 'reference.onnx'}")
+
+
+# --------------------------------------------------------------------------------------------------
+# updates
+
+
+def decay_everything(
+    backbone: nn.Module, head: nn.Module, options: TrainOptions
+) -> torch.optim.Optimizer:
+    """Weight decay on BN, biases and slopes, too."""
+    parameters = [p for p in (*backbone.parameters(), head.weight) if p.requires_grad]
     return torch.optim.SGD(
         parameters, lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay
     )
+
+
+def clip_backbone(net: training_step.Net, norm, norm_ok, rate: float, limit: float) -> None:
+    nn.utils.clip_grad_norm_(net.backbone.parameters(), CLIP)
+    training_step.update(net, norm, norm_ok, rate, 0.0)
 
 
 def clip_by_value(net: training_step.Net, norm, norm_ok, rate: float, limit: float) -> None:
@@ -184,18 +253,9 @@ def clip_by_value(net: training_step.Net, norm, norm_ok, rate: float, limit: flo
     training_step.update(net, norm, norm_ok, rate, 0.0)
 
 
-def export(options: TrainOptions, run: Path) -> None:
-    """The best weights as a graph that takes what our networks take."""
-    state, metadata = checkpoint.load_weights(run / checkpoint.BEST)
-    network = ReferenceNet(options).eval()
-    checkpoint.load_state(network, state, run / checkpoint.BEST)
-    graph = export_onnx.to_onnx(network, export_onnx.complete(metadata))
-    checkpoint.write_atomic(run / "reference.onnx", graph)
-
-
 if __name__ == "__main__":
     RECIPES |= PEERS
     chosen = config.parse(TrainOptions, __doc__)
     if chosen.recipe not in PEERS:
-        sys.exit(f"error: name a peer: --recipe {' or '.join(PEERS)}")
+        sys.exit(config.complain(f"name a peer: --recipe {' or '.join(PEERS)}", 2))
     config.run(main, chosen)

@@ -96,7 +96,12 @@ def figure(identities: np.ndarray, error: np.ndarray, law: Fit) -> Figure:
     return drawn
 
 
-def main(_: None) -> None:
+@dataclass(frozen=True)
+class Options:
+    pass
+
+
+def main(_: Options) -> None:
     rows = read(ROOT / "results" / "scaling.csv")
     if len(rows) < 3:
         raise InputError(
@@ -126,4 +131,4 @@ def said(law: Fit) -> str:
 
 
 if __name__ == "__main__":
-    config.run(main, None)
+    config.run(main, config.parse(Options, __doc__))

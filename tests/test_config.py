@@ -63,7 +63,7 @@ def test_without_data_the_demo_recipe_but_for_what_is_named(monkeypatch, tmp_pat
     epochs = TrainOptions().epochs  # named, though it is the default
     assert parse(TrainOptions, "", ["--epochs", str(epochs)]).epochs == epochs
     assert parse(TrainOptions, "", ["--data", "x"]).recipe is None
-    assert parse(TrainOptions, "", ["--recipe", "cpu"]).recipe == "small-cpu"
+    assert parse(TrainOptions, "", ["--recipe", "cpu"]).recipe == "cpu"
     (tmp_path / "raw").mkdir()
     assert parse(TrainOptions, "", []).recipe is None
 
@@ -167,6 +167,16 @@ def test_run_names_a_full_disk_but_does_not_hide_a_defect(capsys):
 
     with pytest.raises(KeyError):
         config.run(defect, None)
+
+
+def test_a_run_of_a_recipe_that_is_gone_goes_on(tmp_path, capsys):
+    options = {**config.plain(TrainOptions()), "recipe": "small-cpu", "epochs": 10}
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r/config.json").write_text(json.dumps({"options": options}))
+    words = ["--resume", "--runs", str(tmp_path), "--name", "r"]
+    assert parse(TrainOptions, "", words).epochs == 10
+    said = refused(capsys, TrainOptions, *words, "--recipe", "small-cpu")
+    assert "'small-cpu' is unknown" in said
 
 
 def test_resume_takes_the_options_of_the_run(tmp_path, capsys):

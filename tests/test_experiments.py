@@ -2,6 +2,10 @@
 
 import csv
 import json
+import shutil
+import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -69,10 +73,9 @@ def test_a_run_writes_its_row_last(options, tmp_path, monkeypatch):
         folder.mkdir(parents=True, exist_ok=True)
         if words[0] == "train.py":
             checkpoint.write_json(folder / "result.json", {"steps": 10, "validation": 0.875})
-            checkpoint.write_json(
-                folder / "config.json",
-                {"identities": 3, "photos": 9, "options": {"batch_size": 64}},
-            )
+            told = {"identities": 3, "photos": 9, "options": {"batch_size": 64}}
+            told |= {"hardware": "a card", "torch": "3.0", "commit": "abc"}
+            checkpoint.write_json(folder / "config.json", told)
         else:
             assert not (tmp_path / "final.csv").exists()
             out = folder / ("pairsDevTest" if "pairsDevTest.txt" in words[4] else "pairs")
@@ -88,12 +91,72 @@ def test_a_run_writes_its_row_last(options, tmp_path, monkeypatch):
     (row,) = experiments.read(tmp_path / "final.csv")
     assert row["view1"] == "91.00" and row["view2"] == "90.00" and row["view2_std"] == "1.00"
     assert row["photos_seen"] == "640" and row["validation"] == "87.50" and row["seed"] == "1"
+    assert (row["hardware"], row["commit"]) == ("a card, torch 3.0", "abc")
     assert row["command"].startswith("python train.py --epochs 1 --data ")
+
+
+def test_a_stopped_run_goes_on_and_one_of_other_options_is_refused(tmp_path, options, monkeypatch):
+    monkeypatch.setattr(experiments, "RUNS", tmp_path)
+    run = Run("final", "the recipe", 1, ("train.py", "--epochs", "3"))
+    folder = tmp_path / "experiments" / run.name
+    folder.mkdir(parents=True)
+    (folder / "last.pt").touch()
+    words = ["--epochs", "3", "--data", str(options.data), "--seed", "1"]
+    begun = config.plain(config.parse(config.TrainOptions, "", words))
+    (folder / "config.json").write_text(json.dumps({"options": begun}))
+    called = []
+
+    def call(words):
+        called.append(words)
+        raise SystemExit(143)
+
+    monkeypatch.setattr(experiments, "call", call)
+    with pytest.raises(SystemExit):
+        experiments.perform(run, options)
+    assert called[0][-1] == "--resume"
+    (folder / "config.json").write_text(json.dumps({"options": {**begun, "epochs": 4, "lr": 0.2}}))
+    with pytest.raises(InputError, match="was begun with another epochs, lr"):
+        experiments.perform(run, options)
+    assert len(called) == 1
+
+
+def test_a_script_that_fails_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "ROOT", tmp_path)
+    (tmp_path / "train.py").write_text("raise SystemExit(2)")
+    with pytest.raises(InputError, match=r"train\.py ended with 2, see above"):
+        experiments.call(["train.py"])
+
+
+def test_a_signal_reaches_the_script_and_is_waited_for(tmp_path):
+    """SIGTERM to the driver alone: the training saves, and ends before the driver does."""
+    (tmp_path / "train.py").write_text(
+        "import pathlib, signal, sys, time\n"
+        "def end(*_):\n"
+        "    time.sleep(0.5)\n"
+        "    pathlib.Path('saved').touch()\n"
+        "    sys.exit(143)\n"
+        "signal.signal(signal.SIGTERM, end)\n"
+        "print('ready', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    driver = (
+        "from pathlib import Path\n"
+        "from benchmarks import experiments\n"
+        f"experiments.ROOT = Path({str(tmp_path)!r})\n"
+        "experiments.call(['train.py'])\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", driver], cwd=config.ROOT, stdout=subprocess.PIPE, text=True
+    )
+    while process.stdout.readline() != "ready\n":
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 143
+    assert (tmp_path / "saved").exists()
 
 
 def test_the_minutes_of_a_stopped_run_count(tmp_path):
     assert experiments.minutes(tmp_path) == 0
-    (tmp_path / "last.pt").touch()
     began = time.time() - 600
     (tmp_path / f"events.out.tfevents.{began:.0f}.host.1.0").write_bytes(b"x")
     assert experiments.minutes(tmp_path) == pytest.approx(10, abs=0.1)
@@ -101,8 +164,6 @@ def test_the_minutes_of_a_stopped_run_count(tmp_path):
 
 @pytest.mark.parametrize("part", [2, 4])
 def test_a_part_of_the_identities(prepared, tmp_path, part):
-    import shutil
-
     data = tmp_path / "faces"
     shutil.copytree(prepared, data)
     whole = data_gen.load_faces(data)

@@ -163,18 +163,6 @@ def test_our_own_checkpoint_tells_by_its_options(ours, capsys):
     assert utils.load_backbone(ours.with_name("a.pt")).metadata["init"] == "others/r50.pth"
 
 
-def test_of_our_own_checkpoint_the_averaged_weights_are_taken(tmp_path):
-    options = {"network": "r18", "width": 0.125, "embedding_size": 32, "resolution": 48}
-    trained, average = (models.create("r18", 32, width=0.125, resolution=48) for _ in range(2))
-    state = {"format": 2, "backbone": trained.state_dict(), "head": {}, "options": options}
-    save(tmp_path / "a.pt", state)
-    save(tmp_path / "b.pt", {**state, "average": average.state_dict()})
-    for name, wanted in (("a", trained), ("b", average)):
-        found = utils.load_backbone(tmp_path / f"{name}.pt", fold=False)
-        assert found.metadata["resolution"] == "48"
-        assert torch.equal(found.fc.weight, wanted.fc.weight)
-
-
 @pytest.mark.parametrize("options", [5, {}, {"network": 1, "width": 1.0, "embedding_size": 32}])
 def test_options_that_are_none_make_it_one_of_others(network, tmp_path, options):
     state = {"format": 2, "backbone": network.state_dict(), "options": options}

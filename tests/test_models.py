@@ -238,7 +238,7 @@ def test_odd_widths_run(network, width):
 
 
 @pytest.mark.parametrize("network", SMALL)
-def test_other_input_sizes(network):
+def test_crops_are_shrunk_to_the_resolution(network):
     net = create(network, width=0.125, resolution=64).eval()
     crops = torch.rand(2, 3, 112, 112)
     with torch.no_grad():

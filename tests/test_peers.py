@@ -1,6 +1,7 @@
 """The recipes of others that we are held against. Run: python -m pytest tests/test_peers.py"""
 
 import dataclasses
+import json
 import math
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import config
 import utils
 from arcface import ArcMarginHead
 from benchmarks import peers
-from config import TrainOptions
+from config import InputError, TrainOptions
 from conftest import patterned_crop
 
 SMALL = {"epochs": 1, "width": 0.125, "embedding_size": 32, "batch_size": 16, "workers": 0,
@@ -89,6 +90,61 @@ def test_gradients_are_clipped_by_value(monkeypatch):
     peers.clip_by_value(net, None, True, 0.1, 5.0)
     assert layer.weight.grad.tolist() == [[5.0, -0.5]] and layer.bias.grad.tolist() == [-5.0]
     assert head.weight.grad.tolist() == [[5.0]]
+    peers.clip_backbone(net, None, True, 0.1, 5.0)
+    assert math.hypot(*layer.weight.grad[0], layer.bias.grad[0]) == pytest.approx(5, rel=1e-4)
+    assert head.weight.grad.tolist() == [[5.0]]  # not clipped
+
+
+@pytest.mark.parametrize(
+    ("recipe", "backbone", "head", "groups", "update"),
+    [
+        ("straight-through", "IResNet", "StraightThroughHead", 3, "update"),
+        ("official", "IResNet", "StraightThroughHead", 1, "clip_backbone"),
+        ("reference", "ReferenceNet", "ReferenceHead", 1, "clip_by_value"),
+    ],
+)
+def test_its_parts_are_in_the_training_loop(
+    tmp_path, monkeypatch, recipe, backbone, head, groups, update
+):
+    seen = []
+
+    def stub(options):
+        net = peers.training_step.build(options, 5, torch.device("cpu"), None)
+        optimizer = len(net.optimizer.param_groups)
+        names = (type(net.backbone).__name__, type(net.head).__name__, optimizer)
+        seen.append((*names, peers.train.update.__name__))
+        return 143  # stopped: nothing to export
+
+    monkeypatch.setattr(peers.train, "main", stub)
+    options = TrainOptions(runs=tmp_path, recipe=recipe)
+    changes = {**peers.PEERS[recipe], "compile": False, "width": 0.125}
+    assert peers.main(dataclasses.replace(options, **changes)) == 143
+    assert seen == [(backbone, head, groups, update)]
+    assert peers.train.update is peers.training_step.update  # put back
+
+
+@pytest.mark.parametrize(
+    ("recipe", "change", "said"),
+    [
+        ("official", {"head": "sharded"}, "--head is fixed in --recipe official"),
+        ("straight-through", {"m1": 1.5}, "--m1 is fixed"),
+        ("reference", {"resolution": 64}, "--resolution is fixed"),
+        ("reference", {"network": "mbf"}, "not mbf"),
+    ],
+)
+def test_options_that_would_go_unheeded_are_refused(tmp_path, recipe, change, said):
+    options = TrainOptions(runs=tmp_path, recipe=recipe)
+    with pytest.raises(InputError, match=said):
+        peers.main(dataclasses.replace(options, **{**peers.PEERS[recipe], **change}))
+
+
+def test_a_run_of_another_recipe_is_not_taken_up(tmp_path):
+    (tmp_path / "r").mkdir()
+    ours = {"options": {**config.plain(TrainOptions()), "recipe": "cpu"}}
+    (tmp_path / "r/config.json").write_text(json.dumps(ours))
+    options = TrainOptions(runs=tmp_path, name="r", recipe="straight-through")
+    with pytest.raises(InputError, match="was begun with --recipe cpu"):
+        peers.main(dataclasses.replace(options, **peers.PEERS["straight-through"]))
 
 
 @pytest.mark.parametrize("recipe", sorted(peers.PEERS))
@@ -109,5 +165,5 @@ def test_a_peer_trains_and_its_model_can_be_evaluated(prepared, tmp_path, recipe
 def test_no_recipe_of_theirs_is_an_error():
     script = config.ROOT / "benchmarks" / "peers.py"
     ended = subprocess.run([sys.executable, script], capture_output=True, text=True)
-    assert ended.returncode != 0 and "name a peer" in ended.stderr
+    assert ended.returncode == 2 and "name a peer" in ended.stderr
     assert "Traceback" not in ended.stderr

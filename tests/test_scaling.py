@@ -49,8 +49,8 @@ def test_the_picture_is_drawn_from_the_rows(tmp_path, monkeypatch, capsys):
     lines = [f"{n:.0f},{100 - 200 * n**-0.4:.2f}\n" for n in PEOPLE]
     (tmp_path / "results/scaling.csv").write_text("identities,view2\n" + "".join(lines[:2]))
     with pytest.raises(InputError, match="holds 2 runs"):
-        scaling.main(None)
+        scaling.main(scaling.Options())
     (tmp_path / "results/scaling.csv").write_text("identities,view2\n" + "".join(lines))
-    scaling.main(None)
+    scaling.main(scaling.Options())
     assert "exponent 0.40" in capsys.readouterr().out
     assert (tmp_path / "scaling.png").stat().st_size > 20_000

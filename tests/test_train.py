@@ -32,7 +32,7 @@ from conftest import make_prepared
 TINY = {
     "network": "mbf", "width": 0.125, "embedding_size": 32, "epochs": 2, "batch_size": 16,
     "s": 16.0, "m": 0.2, "dropout": 0.2, "workers": 0, "log_every": 3, "threads": 1,
-    "average": 0.1, "resolution": 48,
+    "resolution": 48,
 }  # fmt: skip
 
 
@@ -58,8 +58,7 @@ def scalars(run: Path, name: str) -> list:
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
     saved = torch.load(run / "last.pt", weights_only=True)
-    parts = {"": "backbone", "head.": "head", "average.": "average"}
-    return {prefix + key: v for prefix, part in parts.items() for key, v in saved[part].items()}
+    return {**saved["backbone"], **{f"head.{key}": v for key, v in saved["head"].items()}}
 
 
 def same(one: dict, other: dict) -> bool:
@@ -148,28 +147,29 @@ def test_row21_a_stopped_run_goes_on_as_if_never_stopped(
     assert len(steps) == len(set(steps))
 
 
-def test_the_best_weights_are_the_average_of_those_that_were_trained(finished):
+def test_a_run_from_before_an_option_goes_on(options, monkeypatch):
+    """The option's default is what the run did."""
+    options = dataclasses.replace(options, resolution=112, epochs=1, save_every=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_json", skip_result(checkpoint.write_json))
+        train.main(options)
+    run = options.runs / "r"
+    content = json.loads((run / "config.json").read_text())
+    del content["options"]["resolution"]
+    (run / "config.json").write_text(json.dumps(content))
+    state = torch.load(run / "previous.pt", weights_only=True)  # of step 8 of 10
+    del state["options"]["resolution"]
+    checkpoint.save_checkpoint(run, state)
+    with pytest.raises(InputError, match="resolution 112, now 48"):
+        train.main(dataclasses.replace(options, resolution=48, resume=True))
+    assert train.main(dataclasses.replace(options, resume=True)) == 0
+    assert (run / "result.json").exists()
+
+
+def test_a_run_keeps_the_precision_that_it_began_with(finished):
     _, run = finished
-    saved = torch.load(run / "last.pt", weights_only=True)
-    best, metadata = checkpoint.load_weights(run / "best.safetensors")
-    assert best.keys() == saved["average"].keys() == saved["backbone"].keys()
-    assert not same(saved["average"], saved["backbone"])
-    assert float(metadata["validation_accuracy"]) == pytest.approx(saved["best"], abs=1e-6)
-    state, _ = utils.read_weights(run / "last.pt")
-    assert same(state, saved["average"])
-
-
-def test_a_run_without_options_that_came_later_goes_on(options):
-    """Their defaults are what the run did."""
-    plain = dataclasses.replace(options, average=0.0, resolution=112, epochs=1)
-    train.main(plain)
-    path = options.runs / "r" / "config.json"
-    content = json.loads(path.read_text())
-    del content["options"]["average"], content["options"]["resolution"]
-    path.write_text(json.dumps(content))
-    assert train.main(plain) == 0
-    with pytest.raises(InputError, match=r"average 0\.0, now 0\.1"):
-        train.main(dataclasses.replace(plain, average=0.1))
+    words = ["--resume", "--runs", str(run.parent), "--name", run.name, "--compile"]
+    assert config.parse(TrainOptions, "", words).amp == "off"  # where auto would take bf16
 
 
 def test_a_finished_run_says_so_and_other_options_are_refused(finished, capsys):

@@ -48,7 +48,7 @@ def faces(tmp_path) -> data_gen.FaceSet:
 
 
 def build(options: TrainOptions, amp: torch.dtype | None = None) -> training_step.Net:
-    net = training_step.build(options, C, 100, CPU, amp)
+    net = training_step.build(options, C, CPU, amp)
     net.backbone.train()
     return net
 
@@ -154,29 +154,6 @@ def test_row26_compiled_and_distributed_modules_save_plain_keys(options):
     assert any(key.startswith("_orig_mod.") for key in net.run_backbone.state_dict())
 
 
-@pytest.mark.slow
-def test_the_average_follows_the_weights_and_running_statistics(options, batch):
-    changed = dataclasses.replace(options, average=0.04)  # of build's 100 steps: 4
-    net = build(changed)
-    expected = {}
-    for step in range(5):
-        training_step.backward(net, batch, step, changed)
-        training_step.update(net, training_step.gradient_norm(net), True, 0.1, 5.0)
-        for key, value in net.backbone.state_dict().items():
-            now = value.double()
-            expected[key] = 0.75 * expected[key] + 0.25 * now if step else now
-    assert net.published is net.average.module and net.published is not net.backbone
-    found = net.published.state_dict()
-    for key, value in expected.items():
-        if found[key].is_floating_point():
-            torch.testing.assert_close(found[key].double(), value, rtol=1e-5, atol=1e-6)
-    trained = net.backbone.features.layers[2].weight
-    assert not torch.equal(found["features.layers.2.weight"], trained)
-    assert not any(parameter.requires_grad for parameter in net.published.parameters())
-    plain = build(dataclasses.replace(options, average=0.0))
-    assert plain.average is None and plain.published is plain.backbone
-
-
 @pytest.mark.parametrize("native", [True, False])
 def test_a_cpu_takes_bf16_where_it_pays(options, monkeypatch, native):
     monkeypatch.setattr(train.utils, "multiplies_bf16", lambda: native)
@@ -206,6 +183,7 @@ def test_a_compiler_that_fails_is_told_with_a_way_out(prepared, tmp_path):
     assert "--compile failed (" in ended.stderr and "--no-compile" in ended.stderr
 
 
+@pytest.mark.slow
 def test_a_compiled_backbone_trains_as_the_plain_one(options, batch):
     found = []
     for compiled in (False, True):
