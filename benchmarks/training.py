@@ -1,11 +1,13 @@
 """Speed and memory of training, each beside a named baseline in the same run.
 
     python benchmarks/training.py                       # step, head and loader, CPU or CUDA
+    python benchmarks/training.py --what step --networks se-r18 --width 0.5 --resolution 64
     python benchmarks/training.py --what head
     python benchmarks/training.py --what loader --data data/faces
 
 step    one step of train.py against the same network run eagerly as the official trainer runs it:
-        on a CPU in NCHW float32, on CUDA in NCHW with fp16 autocast and GradScaler
+        on a CPU in NCHW float32, on CUDA in NCHW with fp16 autocast and GradScaler; ours as it is,
+        and compiled (with bf16 where the processor has it)
 head    forward and backward of the margin head against the dense one-hot way and against a plain
         normalised linear layer with cross-entropy; time, and peak memory in a process of its own
 loader  photos decoded and augmented by one process
@@ -38,6 +40,7 @@ import config
 import data_gen
 import manifest
 import models
+import train
 import training_step
 import utils
 from arcface import ArcMarginHead
@@ -52,6 +55,8 @@ class Options:
         "all", "part of it", choices=("all", "step", "head", "loader", "memory", "turns")
     )
     networks: str = config.option("r18,r50", "of the step, with commas")
+    width: float = config.option(1.0, "of the step's networks", above=0)
+    resolution: int = config.option(112, "of the step's networks", low=16, high=112)
     batch_size: int = config.option(0, "of the step (0: 32 on a CPU, 256 on CUDA)", low=0)
     identities: int = config.option(85_164, "of the head", low=2)
     head_batch: int = config.option(128, "of the head", low=1)
@@ -103,11 +108,13 @@ def step(network: str, options: Options, device: torch.device) -> None:
     size = options.batch_size or (256 if device.type == "cuda" else 32)
     words = [__file__, "--what", "turns", "--networks", network, "--batch-size", str(size)]
     words += ["--threads", str(options.threads), "--device", device.type]
+    words += ["--width", str(options.width), "--resolution", str(options.resolution)]
     workers = {name: OwnProcess([*words, "--way", name]) for name in STEPS}
     seconds = turns(workers, options.turns, torch.device("cpu"))
     peaks = {name: worker.close() for name, worker in workers.items()}
     print(
-        f"| training step, {network}, batch {size} | photos/s | ratio | GB at the peak |\n"
+        f"| training step, {network}, width {options.width:g}, {options.resolution} px, "
+        f"batch {size} | photos/s | ratio | GB at the peak |\n"
         "|---|---|---|---|"
     )
     base = seconds["official way"]
@@ -127,7 +134,11 @@ def take_turns(options: Options, device: torch.device) -> None:
     crops = torch.randint(256, (batch_size, 112, 112, 3), dtype=torch.uint8)
     labels = torch.randint(1000, (batch_size,))
     batch = data_gen.Batch(crops, labels, torch.arange(batch_size))
-    run = STEPS[options.way](options.networks, batch, device)
+    kind = config.TrainOptions(
+        network=options.networks, width=options.width, resolution=options.resolution,
+        batch_size=batch_size, compile=options.way == "train.py --compile",
+    )  # fmt: skip
+    run = STEPS[options.way](kind, batch, device)
 
     def turn() -> None:
         for _ in range(repeats(device)):
@@ -142,12 +153,12 @@ def take_turns(options: Options, device: torch.device) -> None:
     serve(turn, peak)
 
 
-def our_step(network: str, batch: data_gen.Batch, device: torch.device) -> Callable[[], object]:
+def our_step(
+    options: config.TrainOptions, batch: data_gen.Batch, device: torch.device
+) -> Callable[[], object]:
     if device.type == "cpu":
         utils.keep_freed_memory()
-    options = config.TrainOptions(network=network, batch_size=len(batch.labels))
-    amp = torch.bfloat16 if device.type == "cuda" else None
-    net = training_step.build(options, 1000, device, amp)
+    net = training_step.build(options, 1000, device, train.pick_amp(options, device))
     net.backbone.train()
 
     def run() -> None:
@@ -160,10 +171,10 @@ def our_step(network: str, batch: data_gen.Batch, device: torch.device) -> Calla
 
 
 def official_step(
-    network: str, batch: data_gen.Batch, device: torch.device
+    options: config.TrainOptions, batch: data_gen.Batch, device: torch.device
 ) -> Callable[[], object]:
     """Float crops in NCHW, torch's own layers, clipping to 5, SGD; on CUDA fp16 and GradScaler."""
-    backbone = models.create(network).to(device).train()
+    backbone = training_step.new_backbone(options).to(device).train()
     for module in backbone.modules():
         for name, child in module.named_children():
             if isinstance(child, models.PReLU):
@@ -192,7 +203,7 @@ def official_step(
     return run
 
 
-STEPS = {"official way": official_step, "train.py": our_step}
+STEPS = {"official way": official_step, "train.py": our_step, "train.py --compile": our_step}
 
 
 # --------------------------------------------------------------------------------------------------
