@@ -1,0 +1,169 @@
+"""Candidates for the recipe `cpu` that are no options of train.py, through its own loop.
+
+    python benchmarks/trials.py --recipe averaged --data data/faces --epochs 30
+
+averaged       validation and best weights are a running average, over a twentieth of the run
+smoothed       label smoothing of 0.1
+subcentres     three centres an identity, the nearest counts (Deng et al. 2020)
+balanced       identities drawn by the root of their number of photos
+annealed       the margin rises from 0 in the first half of the run
+
+All other options are those of train.py. What paid is an option there; results/trials.csv says what
+did not. Such a run can't go on after a stop: the parts here are in no checkpoint.
+
+Legend of shapes: N photos, C identities, E embedding size, K centres an identity.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import config
+import data_gen
+import train
+import training_step
+from arcface import ArcMarginHead
+from config import RECIPES, InputError, TrainOptions
+
+SHARE = 0.05  # of the run: the time constant of the average
+SMOOTHING = 0.1
+CENTRES = 3
+TRIALS = ("averaged", "smoothed", "subcentres", "balanced", "annealed")
+
+
+def main(options: TrainOptions) -> int:
+    if options.resume or options.head != "dense" or options.margin != "arcface":
+        raise InputError("a trial takes no --resume, --head sharded or other --margin")
+    with ExitStack() as stack:
+        for module, name, part in parts(options):
+            stack.enter_context(mock.patch.object(module, name, part))
+        return train.main(options)
+
+
+def parts(options: TrainOptions) -> list[tuple[ModuleType, str, object]]:
+    """What takes the place of what in the training loop."""
+    loop = Loop(options)
+    found = {
+        "averaged": [(train, "update", loop.update), (train, "validate", loop.validate)],
+        "smoothed": [
+            (training_step.F, "cross_entropy", partial(F.cross_entropy, label_smoothing=SMOOTHING))
+        ],
+        "subcentres": [(training_step, "make_head", SubCentres.of)],
+        "balanced": [(train.data_gen, "make_loader", balanced_loader)],
+        "annealed": [(train, "backward", loop.backward)],
+    }[options.recipe]
+    return [*found, (train, "train", loop.train)]
+
+
+# The parts that are replaced, and still called.
+TRAIN, UPDATE, VALIDATE, BACKWARD = train.train, train.update, train.validate, train.backward
+MAKE_LOADER = data_gen.make_loader
+
+
+class Loop:
+    """Steps of the loop that must know how long the run is, or keep something from step to step."""
+
+    def __init__(self, options: TrainOptions):
+        self.options, self.steps = options, 0
+        self.average: AveragedModel | None = None
+
+    def train(self, run: Path, options: TrainOptions, faces: data_gen.FaceSet, *rest) -> int:
+        self.steps = options.epochs * (len(faces) // options.batch_size)
+        return TRAIN(run, options, faces, *rest)
+
+    def update(self, net: training_step.Net, *rest) -> None:
+        UPDATE(net, *rest)
+        if self.average is None:
+            decay = 1 - 1 / max(2.0, SHARE * self.steps)
+            self.average = AveragedModel(
+                net.backbone, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True
+            )
+        self.average.update_parameters(net.backbone)
+
+    def validate(self, run: Path, net: training_step.Net, *rest) -> float:
+        return VALIDATE(run, replace(net, backbone=self.average.module), *rest)
+
+    def backward(self, net: training_step.Net, batch: data_gen.Batch, step: int, *rest):
+        net.head.m = self.options.m * min(1.0, 2 * step / self.steps)
+        return BACKWARD(net, batch, step, *rest)
+
+
+class SubCentres(ArcMarginHead):
+    """The cosine to an identity is the one to the nearest of its K centres."""
+
+    @classmethod
+    def of(cls, options: TrainOptions, num_identities: int) -> ArcMarginHead:
+        return cls(options.embedding_size, num_identities * CENTRES, options.s, options.m)
+
+    def forward(self, embeddings, labels, return_angles=False):
+        cosines = self.cosines(embeddings)  # (N, C * K)
+        cosines = cosines.view(len(labels), -1, CENTRES).amax(dim=2)  # (N, C)
+        own = cosines.gather(1, labels[:, None])  # (N, 1)
+        theta = own.clamp(-1 + 1e-6, 1 - 1e-6).acos()
+        logits = cosines.scatter(1, labels[:, None], _Phi.apply(theta, self._phi)) * self.s
+        if not return_angles:
+            return logits
+        others = cosines.detach().scatter(1, labels[:, None], -1.0).amax(dim=1)  # (N,)
+        return logits, theta.detach()[:, 0].rad2deg(), others.clamp(-1, 1).acos().rad2deg()
+
+
+class _Phi(torch.autograd.Function):
+    """The head's own phi and its slope, as a function of theta."""
+
+    @staticmethod
+    def forward(ctx, theta: Tensor, phi) -> Tensor:
+        value, slope = phi(theta)
+        ctx.save_for_backward(slope)
+        return value
+
+    @staticmethod
+    def backward(ctx, grad):
+        (slope,) = ctx.saved_tensors
+        return -grad * slope, None
+
+
+class Balanced(data_gen.RunSampler):
+    """Photos of an identity with n of them are drawn n^0.5 times as often as one of a single."""
+
+    labels: np.ndarray  # (N,)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        weight = np.bincount(self.labels)[self.labels] ** -0.5  # (N,) of a photo
+        ends = np.cumsum(weight / weight.sum())
+        for epoch in range(self.steps // self.steps_per_epoch):
+            rng = np.random.default_rng((self.seed, epoch))
+            # One draw in each of N equal parts of (0, 1): every epoch has its share of each.
+            places = (np.arange(self.photos) + rng.random(self.photos)) / self.photos
+            order = rng.permutation(np.searchsorted(ends, places).clip(max=self.photos - 1))
+            for step in range(self.steps_per_epoch):
+                batch = order[step * self.batch_size :][: self.batch_size]
+                yield [(epoch, int(index)) for index in batch]
+
+
+def balanced_loader(faces: data_gen.FaceSet, sampler: data_gen.RunSampler, *rest):
+    drawn = Balanced(
+        len(faces), sampler.batch_size, sampler.steps // sampler.steps_per_epoch, sampler.seed
+    )
+    drawn.labels = faces.labels
+    return MAKE_LOADER(faces, drawn, *rest)
+
+
+if __name__ == "__main__":
+    RECIPES |= dict.fromkeys(TRIALS, RECIPES["cpu"])
+    chosen = config.parse(TrainOptions, __doc__)
+    if chosen.recipe not in TRIALS:
+        sys.exit(config.complain(f"name a trial: --recipe {' or '.join(TRIALS)}", 2))
+    config.run(main, chosen)
