@@ -618,6 +618,29 @@ def test_row21_three_kills_and_the_same_weights(prepared, tmp_path):
         assert steps == list(range(2, 201, 2))
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not utils.has_compiler(), reason="no C++ compiler")
+def test_row21_a_compiled_run_in_bf16_is_killed_and_ends_with_the_same_weights(prepared, tmp_path):
+    """What the recipe `cpu` does, with its network at a small width."""
+    command = [
+        sys.executable, str(config.ROOT / "train.py"), "--data", str(prepared), "--recipe", "cpu",
+        *("--amp", "bf16", "--width", "0.25", "--resolution", "48", "--embedding-size", "32"),
+        *("--batch-size", "16", "--epochs", "3", "--save-every", "5", "--log-every", "1"),
+        *("--threads", "1", "--runs", str(tmp_path)),
+    ]  # fmt: skip
+    subprocess.run([*command, "--name", "straight"], check=True, capture_output=True)
+    with subprocess.Popen([*command, "--name", "killed"], stdout=subprocess.PIPE, text=True) as one:
+        for line in one.stdout:
+            if line.startswith("step") and int(line.split()[1].split("/")[0]) == 13:
+                one.kill()
+                break
+    done = subprocess.run(
+        [*command, "--name", "killed", "--resume"], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "going on from step 10" in done.stdout, done.stderr
+    assert hashes(tmp_path / "killed") == hashes(tmp_path / "straight")
+
+
 def hashes(run: Path) -> tuple[str, str]:
     """Of the best weights, and of the result."""
     return checkpoint.sha256(run / "best.safetensors"), (run / "result.json").read_text()
