@@ -222,8 +222,9 @@ class TrainOptions:
 
     augment: str = option(
         "flip",
-        "none, flip, or strong (flip, small affine, colour, grey, blur, low resolution)",
-        choices=("none", "flip", "strong"),
+        "none, flip, strong (flip, small affine, colour, grey, blur, low resolution), or heavy "
+        "(more of it, and a part erased; for small sets and many passes)",
+        choices=("none", "flip", "strong", "heavy"),
         group="data",
     )
     workers: int = option(-1, "loader processes (-1: 1 on CPU, up to 8 on CUDA; 0: none)", low=-1)

@@ -256,34 +256,60 @@ def without_suffix(path: str) -> str:
 # augmentation
 
 
+class Strength(NamedTuple):
+    """How often a change is made, and how far an affine one goes at most."""
+
+    affine: float
+    turn: float  # degrees
+    scale: float  # of the logarithm
+    shift: float  # pixels
+    stretch: float  # of the logarithm of one side, against the other
+    shear: float
+    colour: float
+    grey: float
+    erase: float
+
+
+STRENGTHS = {
+    "strong": Strength(0.5, 10, 0.1, 4, 0, 0, colour=0.5, grey=0.1, erase=0),
+    "heavy": Strength(0.8, 15, 0.15, 6, 0.08, 0.08, colour=0.6, grey=0.15, erase=0.5),
+}
+
+
 def augment(image: np.ndarray, kind: str, rng: np.random.Generator) -> np.ndarray:
-    """uint8 (112, 112, 3) RGB -> the same size; `kind` is none, flip or strong."""
+    """uint8 (112, 112, 3) RGB -> the same size; `kind` is none, flip, strong or heavy."""
     if kind == "none":
         return image
     if rng.random() < 0.5:
         image = np.ascontiguousarray(image[:, ::-1])
     if kind == "flip":
         return image
-    if rng.random() < 0.5:
-        image = _affine(image, rng)
-    if rng.random() < 0.5:
+    strength = STRENGTHS[kind]
+    if rng.random() < strength.affine:
+        image = _affine(image, strength, rng)
+    if rng.random() < strength.colour:
         image = _colour(image, rng)
-    if rng.random() < 0.1:
+    if rng.random() < strength.grey:
         image = np.repeat(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None], 3, axis=2)
     if rng.random() < 0.1:
         image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.5, 1.5))
     if rng.random() < 0.2:
         image = _low_resolution(image, rng)
+    if rng.random() < strength.erase:
+        image = _erase(image, rng)
     return image
 
 
-def _affine(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Turn by up to 10 degrees, scale by up to 10 %, shift by up to 4 px."""
-    centre = (SIDE - 1) / 2
-    matrix = cv2.getRotationMatrix2D(
-        (centre, centre), rng.uniform(-10, 10), np.exp(rng.uniform(-0.1, 0.1))
-    )
-    matrix[:, 2] += rng.uniform(-4, 4, size=2)
+def _affine(image: np.ndarray, strength: Strength, rng: np.random.Generator) -> np.ndarray:
+    """Turn, scale, stretch and shear about the middle, and shift."""
+    turn, scale, stretch, shear, right, down = rng.uniform(-1, 1, size=6)
+    angle = np.deg2rad(strength.turn * turn)
+    size, ratio = np.exp(strength.scale * scale), np.exp(strength.stretch * stretch)
+    turned = size * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    linear = turned @ np.array([[ratio, strength.shear * shear], [0, 1 / ratio]])  # (2, 2)
+    centre = np.full(2, (SIDE - 1) / 2)
+    offset = centre - linear @ centre + strength.shift * np.array([right, down])
+    matrix = np.column_stack([linear, offset])  # (2, 3)
     return cv2.warpAffine(image, matrix, (SIDE, SIDE), borderMode=cv2.BORDER_REFLECT_101)
 
 
@@ -298,6 +324,16 @@ def _colour(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     pixels = ((pixels - mean) * contrast + mean) * brightness
     pixels *= np.array([warmth, 1.0, 1 / warmth], dtype=np.float32)
     return pixels.clip(0, 255).astype(np.uint8)
+
+
+def _erase(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A rectangle in a plain colour, 16 to 55 px a side, as a hand or a microphone covers one."""
+    height, width = rng.integers(SIDE // 7, SIDE // 2, size=2)
+    top, left = rng.integers(-8, SIDE - 8, size=2)
+    image = image.copy()
+    covered = image[max(0, top) : top + height, max(0, left) : left + width]
+    covered[:] = rng.integers(0, 256, size=3) if rng.random() < 0.5 else 127
+    return image
 
 
 def _low_resolution(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:

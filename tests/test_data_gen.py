@@ -320,6 +320,45 @@ def test_strong_changes_a_lot_but_not_beyond_a_face(crop):
     assert np.abs(means - crop[40:72, 40:72].mean()).max() < 80
 
 
+def test_heavy_also_erases_a_part(crop):
+    results = [augment(crop, "heavy", np.random.default_rng(index)) for index in range(300)]
+    assert all(r.shape == crop.shape and r.dtype == np.uint8 for r in results)
+    plain = sum(np.array_equal(r, crop) or np.array_equal(r, crop[:, ::-1]) for r in results)
+    assert plain < 25  # 0.2 * 0.4 * 0.85 * 0.9 * 0.8 * 0.5 of them: 2.4 %
+    erased = 0
+    for result in results:
+        flat = (result[:, 1:] == result[:, :-1]).all(axis=2)  # the crop itself has a slope
+        erased += (flat.sum(axis=1) >= 14).sum() >= 14
+    assert 80 < erased < 220  # half of them
+    before = crop.copy()
+    data_gen._erase(crop, np.random.default_rng(0))
+    assert np.array_equal(crop, before)  # a photo in memory is not written to
+
+
+def test_an_affine_change_turns_about_the_middle_and_shifts(crop):
+    none = data_gen.Strength(1, 0, 0, 0, 0, 0, colour=0, grey=0, erase=0)
+    rng = np.random.default_rng(0)
+    np.testing.assert_array_equal(data_gen._affine(crop, none, rng), crop)
+    dot = np.zeros((112, 112, 3), np.uint8)
+    dot[54:58, 54:58] = 255  # in the middle, where turning and scaling leave it
+
+    def middles(strength):
+        found = []
+        for seed in range(50):
+            moved = data_gen._affine(dot, strength, np.random.default_rng(seed))[..., 0].astype(
+                float
+            )
+            total = moved.sum()
+            found.append([(moved.sum(axis=0) @ np.arange(112)) / total,
+                          (moved.sum(axis=1) @ np.arange(112)) / total])  # fmt: skip
+        return np.array(found) - 55.5
+
+    still = middles(none._replace(turn=15, scale=0.15, stretch=0.08, shear=0.08))
+    assert np.abs(still).max() < 0.2
+    shifted = middles(none._replace(shift=6))
+    assert 5 < np.abs(shifted).max() <= 6.1 and np.abs(shifted.mean(axis=0)).max() < 1.5
+
+
 def test_row32_a_killed_loader_process_is_told(prepared):
     faces = load_faces(prepared)
     sampler = RunSampler(len(faces), 8, 400, 0)
