@@ -137,6 +137,19 @@ def spread(values: list[float]) -> str:
     return mean + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
 
 
+def trials_table(rows: list[dict[str, str]]) -> str:
+    """One row a trial; accuracy and area under the ROC of both sets of pairs, in percent."""
+    head = ["trial", "network", "passes", "minutes", "held-out people", "LFW View 1",
+            "View 1, averaged weights"]  # fmt: skip
+    lines = [
+        [row["change"], row["network"], row["passes"], row["minutes"],
+         *(f"{float(row[name]):.2f} ({float(row[f'{name}_auc']):.2f})"
+           for name in ("held", "v1", "averaged_v1"))]
+        for row in rows
+    ]  # fmt: skip
+    return markdown(head, lines)
+
+
 def mcnemar_table(rows: list[dict[str, str]]) -> str:
     return markdown(list(rows[0]), [list(row.values()) for row in rows])
 
@@ -157,6 +170,7 @@ FORMS: dict[str, Callable[[list[dict[str, str]]], str]] = {
     "peers": runs_table,
     "mcnemar": mcnemar_table,
     "scaling": runs_table,
+    "trials": trials_table,
 }
 
 
