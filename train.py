@@ -339,12 +339,9 @@ def open_run(run: Path, options: TrainOptions) -> str:
         return "new"
     old = options_of(run, begun)
     new = config.plain(options)
-    default = config.plain(TrainOptions())  # of options that are newer than the run
-    changed = [key for key in new if key not in FREE and old.get(key, default[key]) != new[key]]
+    changed = changes(old, new)
     if changed:
-        said = ", ".join(
-            f"{key} {old.get(key, default[key])}, now {new[key]}" for key in changed[:5]
-        )
+        said = ", ".join(f"{key} {was}, now {new[key]}" for key, was in list(changed.items())[:5])
         raise InputError(
             f"{run} was trained with other options ({said}): repeat those (config.json), or choose "
             "another --name"
@@ -357,6 +354,15 @@ def open_run(run: Path, options: TrainOptions) -> str:
     if not options.resume:
         raise InputError(f"{run} is unfinished: add --resume to go on, or choose another --name")
     return "unfinished"
+
+
+def changes(old: dict[str, object], new: dict[str, object]) -> dict[str, object]:
+    """What a run was started with, where it is not the same now and must be.
+
+    An option that is newer than the run had its default.
+    """
+    old = {**config.plain(TrainOptions()), **old}
+    return {key: old[key] for key in new if key not in FREE and old[key] != new[key]}
 
 
 def options_of(run: Path, begun: bool) -> dict[str, object]:

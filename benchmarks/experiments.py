@@ -191,8 +191,7 @@ def refuse_another(folder: Path, words: list[str]) -> None:
     """Raises InputError: what lies there was begun by other options, such as an older recipe."""
     with mock.patch.object(config, "RECIPES", {**config.RECIPES, **peers.PEERS}):
         wanted = config.plain(config.parse(config.TrainOptions, "", words))
-    found = config.read_run(folder)
-    changed = [key for key in wanted if key not in train.FREE and found.get(key) != wanted[key]]
+    changed = train.changes(config.read_run(folder), wanted)
     if changed:
         raise InputError(
             f"{folder} was begun with another {', '.join(changed)}: move it away, and repeat"
@@ -244,8 +243,7 @@ def part_of(data: Path, part: int) -> Path:
     out.mkdir(exist_ok=True)
     if not (out / "images").exists():
         (out / "images").symlink_to((data / "images").resolve())
-    with open(data / manifest.NAME, newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read(data / manifest.NAME)
     write(out / manifest.NAME, tuple(rows[0]), [row for row in rows if row["identity"] in kept])
     return out
 

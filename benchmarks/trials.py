@@ -36,6 +36,7 @@ import data_gen
 import train
 import training_step
 from arcface import ArcMarginHead
+from benchmarks.peers import StraightThroughHead
 from config import RECIPES, InputError, TrainOptions
 
 SHARE = 0.05  # of the run: the time constant of the average
@@ -101,23 +102,19 @@ class Loop:
         return BACKWARD(net, batch, step, *rest)
 
 
-class SubCentres(ArcMarginHead):
-    """The cosine to an identity is the one to the nearest of its K centres."""
+class SubCentres(StraightThroughHead):
+    """The cosine to an identity is the one to the nearest of its K centres; the true gradient."""
 
     @classmethod
     def of(cls, options: TrainOptions, num_identities: int) -> ArcMarginHead:
-        return cls(options.embedding_size, num_identities * CENTRES, options.s, options.m)
+        return super().of(options, num_identities * CENTRES)
 
-    def forward(self, embeddings, labels, return_angles=False):
-        cosines = self.cosines(embeddings)  # (N, C * K)
-        cosines = cosines.view(len(labels), -1, CENTRES).amax(dim=2)  # (N, C)
-        own = cosines.gather(1, labels[:, None])  # (N, 1)
-        theta = own.clamp(-1 + 1e-6, 1 - 1e-6).acos()
-        logits = cosines.scatter(1, labels[:, None], _Phi.apply(theta, self._phi)) * self.s
-        if not return_angles:
-            return logits
-        others = cosines.detach().scatter(1, labels[:, None], -1.0).amax(dim=1)  # (N,)
-        return logits, theta.detach()[:, 0].rad2deg(), others.clamp(-1, 1).acos().rad2deg()
+    def cosines(self, embeddings: Tensor) -> Tensor:
+        every = super().cosines(embeddings)  # (N, C * K)
+        return every.view(len(embeddings), -1, CENTRES).amax(dim=2)  # (N, C)
+
+    def with_margin(self, own: Tensor) -> Tensor:
+        return _Phi.apply(own.clamp(-1 + 1e-6, 1 - 1e-6).acos(), self._phi)  # (N, 1)
 
 
 class _Phi(torch.autograd.Function):
