@@ -84,7 +84,8 @@ def equal(one: object, other: object) -> bool:
 @pytest.mark.slow
 def test_all_ranks_start_a_fine_tuning_from_the_same_weights(job, tmp_path):
     torch.manual_seed(7)
-    given = models.create("mbf", TINY["embedding_size"], width=TINY["width"]).state_dict()
+    sizes = ("network", "width", "embedding_size", "resolution")
+    given = models.create(**{key: TINY[key] for key in sizes}).state_dict()
     torch.save(given, tmp_path / "given.pth")
     still = {"lr": 1e-12, "momentum": 0.0, "weight_decay": 0.0, "epochs": 1}
     done, run = job("r", init=str(tmp_path / "given.pth"), **still)
