@@ -417,6 +417,7 @@ def finish(
         said = ", ".join(f"{count} {reason}" for reason, count in reasons)
         raise InputError(f"{root} has no usable photo among {len(rows)} ({said}): check --src")
     if options.keep_undetected:
+        (out / PARTS).mkdir(exist_ok=True)  # not there where all photos were done before
         shares = median_landmarks(aligned)
         for index, photo in enumerate(listing.photos):
             if rows[index].reason in CROPPABLE:

@@ -138,12 +138,17 @@ def test_the_flag_may_be_added_later(spoiled, tmp_path):
     assert tree(tmp_path / "later") == tree(tmp_path / "once")
 
 
-def test_a_second_run_has_nothing_to_do(raw, tmp_path, capsys, monkeypatch):
-    pre_process.prepare(raw, tmp_path / "out", OPTIONS)
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_second_run_has_nothing_to_do(raw, spoiled, tmp_path, capsys, monkeypatch, keep):
+    folder = shutil.copytree(raw, tmp_path / "faces")  # `spoiled` is photos
+    shutil.copy(spoiled / "ann/wall.jpg", folder / "ann/wall.jpg")
+    options = dataclasses.replace(OPTIONS, keep_undetected=keep)
+    pre_process.prepare(folder, tmp_path / "out", options)
     before = tree(tmp_path / "out")
+    assert rows(tmp_path / "out")["ann/wall.jpg"].status == ("undetected" if keep else "rejected")
     capsys.readouterr()
     monkeypatch.setattr(crop_faces, "Worker", None)  # a detector would fail
-    pre_process.prepare(raw, tmp_path / "out", OPTIONS)
+    pre_process.prepare(folder, tmp_path / "out", options)
     assert tree(tmp_path / "out") == before
     assert "nothing was left to do" in capsys.readouterr().out
 
