@@ -3,12 +3,13 @@
 # make test-slow   the kill loops and other long tests
 # make pictures    README's pictures, from what the demo made
 # make readme      README's tables of results, from results/*.csv
+# make weights     train the weights that ship with the repo once more, from PHOTOS=train-faces.zip
 # make clean-demo  forget what the demo made, so that it starts afresh
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow pictures readme clean-demo
+.PHONY: demo test test-slow pictures readme weights clean-demo
 
 demo: .venv/installed
 	$(BIN)/python pre_process.py
@@ -28,6 +29,13 @@ pictures: .venv/installed
 
 readme: .venv/installed
 	$(BIN)/python readme_tables.py
+
+# Two hours on 2 cores. Stopped, it goes on where it was; what was trained lies in runs/cpu/export.
+weights: .venv/installed
+	@test -n "$(PHOTOS)" || { echo "error: make weights PHOTOS=path/to/train-faces.zip" >&2; exit 2; }
+	$(BIN)/python pre_process.py --src "$(PHOTOS)" --out data/faces
+	$(BIN)/python train.py --data data/faces --recipe cpu $(if $(wildcard runs/cpu/last.pt),--resume)
+	$(BIN)/python export_onnx.py --model runs/cpu --half --name recipe-cpu
 
 clean-demo:
 	rm -rf data/synthetic runs/demo

@@ -3,8 +3,9 @@
 On what `make demo` prepared and trained (no argument needed):
     python lfw_eval.py
 
-On LFW, with a run of train.py:
+On LFW, with the weights that ship with the repo, and with a run of train.py:
     python pre_process.py --src path/to/lfw-deepfunneled.tgz --out data/lfw --keep-undetected
+    python lfw_eval.py --data data/lfw --pairs path/to/pairs.txt
     python lfw_eval.py --data data/lfw --pairs path/to/pairs.txt --model runs/first
 
 On a verification set of InsightFace, whose crops are in the file:
@@ -136,7 +137,8 @@ def with_defaults(options: config.EvalOptions) -> config.EvalOptions:
     if packed and data is not None:
         raise InputError(f"{options.pairs} holds its crops itself: leave --data out")
     if model is None:
-        model = (config.default_run(),)
+        demo_too = [config.default_run()] if data is None and not packed else []
+        model = (config.default_model(*demo_too),)
         print(f"no --model named: using {model[0]}")
     if data is None and not packed:
         drawn = all(map(knows_drawn_faces, model))

@@ -1,6 +1,6 @@
 """Compare two photos, or find a face in a folder of people.
 
-    python verify.py a.jpg b.jpg                           # with the model that train.py makes
+    python verify.py a.jpg b.jpg                           # with runs/faces, or the weights in here
     python verify.py a.jpg b.jpg --model runs/first --save pair.png
     python verify.py a.jpg b.jpg --all                     # every face of a against every one of b
     python verify.py photo.jpg --gallery people/ --top 3   # people/<name>/*.jpg
@@ -53,11 +53,9 @@ def main(options: VerifyOptions) -> None:
         device = utils.pick_device(options.device)
         torch.backends.cudnn.allow_tf32 = False  # full float32: a card's angles are a CPU's
         torch.backends.cuda.matmul.allow_tf32 = False
-        model = options.model or config.default_run()
+        model = options.model or config.default_model()
         if options.model is None:
             print(f"no --model named: using {one_line(str(model))}")
-            if model == config.RUNS / "demo":
-                print("it knows drawn faces only: what it says of photos of people means nothing")
         normal = options.input_mean, options.input_std
         utils.check_foreign((model,), options.network, *normal)
         file = utils.model_file(model)

@@ -331,14 +331,37 @@ def test_the_report_goes_beside_the_run_or_to_a_folder_of_the_files_name(tmp_pat
 def test_without_arguments_the_synthetic_faces_are_taken_and_said(tmp_path, monkeypatch, capsys):
     for name in ("DATA", "RUNS", "RAW", "SYNTHETIC"):
         monkeypatch.setattr(config, name, tmp_path / name.lower())
+    (tmp_path / "runs/demo").mkdir(parents=True)
+    (tmp_path / "runs/demo" / checkpoint.BEST).touch()
     assert "pre_process.py" in refuse(config.EvalOptions())  # not prepared yet
     (tmp_path / "synthetic" / "test").mkdir(parents=True)
+    capsys.readouterr()
     filled = lfw_eval.with_defaults(config.EvalOptions())
     assert filled.data == tmp_path / "synthetic" / "test"
     assert filled.pairs == filled.data / "pairs.txt" and filled.model == (
         tmp_path / "runs" / "demo",
     )
     assert "synthetic" in capsys.readouterr().out.splitlines()[1]
+
+
+def test_the_default_model_is_the_own_one_or_the_one_that_ships(tmp_path, monkeypatch):
+    for name in ("DATA", "RUNS", "RAW"):
+        monkeypatch.setattr(config, name, tmp_path / name.lower())
+    runs, lfw = tmp_path / "runs", tmp_path / "lfw"
+    lfw.mkdir()
+
+    def model(**named) -> Path:
+        return lfw_eval.with_defaults(config.EvalOptions(pairs=tmp_path / "p.tsv", **named)).model
+
+    (tmp_path / "data/lfw").mkdir(parents=True)
+    assert model() == model(data=lfw) == (config.WEIGHTS,)
+    (runs / "demo").mkdir(parents=True)
+    (runs / "demo" / checkpoint.BEST).touch()
+    assert model(data=lfw) == (config.WEIGHTS,)  # drawn faces say nothing about photos
+    (runs / "faces").mkdir()
+    assert model(data=lfw) == (config.WEIGHTS,)  # not trained yet
+    (runs / "faces" / checkpoint.BEST).touch()
+    assert model(data=lfw) == (runs / "faces",)
 
 
 def test_the_default_set_is_what_the_run_was_trained_for(tmp_path, monkeypatch):

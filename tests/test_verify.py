@@ -219,12 +219,13 @@ def test_what_cannot_be_asked(place, people, tmp_path):
         assert "cuda is not there" in refused(options)
 
 
-def test_the_default_model_is_the_run_that_train_py_makes(place, monkeypatch, capsys):
-    monkeypatch.setattr(config, "RUNS", place / "runs")
-    monkeypatch.setattr(config, "RAW", place / "no raw")
+def test_the_default_model_is_the_own_run_or_what_ships(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(config, "RUNS", tmp_path)
+    monkeypatch.setattr(config, "WEIGHTS", place / "runs/first" / checkpoint.BEST)
     options = VerifyOptions(photos=(place / "a.png", place / "b.png"))
-    assert str(place / "runs/demo") in refused(options)
-    assert "no --model named" in capsys.readouterr().out
+    assert f"no --model named: using {config.WEIGHTS}\n" in say(capsys, options)
+    shutil.copytree(place / "runs/bare", tmp_path / "faces")
+    assert f"no --model named: using {tmp_path / 'faces'}\n" in say(capsys, options)
 
 
 def test_the_threshold_says_whose_pairs_it_was_taken_on(place, tmp_path, capsys):
@@ -458,7 +459,7 @@ def test_names_that_are_not_utf8_are_printed(place, tmp_path, capsys, monkeypatc
     odd, run = tmp_path / os.fsdecode(b"latin-\xe9"), tmp_path / "two\nlines"
     odd.mkdir()
     shutil.copytree(place / "runs/first", run)
-    monkeypatch.setattr(config, "default_run", lambda: run)
+    monkeypatch.setattr(config, "default_model", lambda: run)
     photos = (place / "a.png", place / "b.png")
     said = say(capsys, VerifyOptions(photos=photos, save=odd / "x.png", device="cpu"))
     assert f"using {tmp_path}/two\\nlines\n" in said
