@@ -143,11 +143,17 @@ def trials_table(rows: list[dict[str, str]]) -> str:
             "View 1, averaged weights"]  # fmt: skip
     lines = [
         [row["change"], row["network"], row["passes"], row["minutes"],
-         *(f"{float(row[name]):.2f} ({float(row[f'{name}_auc']):.2f})"
+         *(accuracy_and_area(row[name], row[f"{name}_auc"])
            for name in ("held", "v1", "averaged_v1"))]
         for row in rows
     ]  # fmt: skip
     return markdown(head, lines)
+
+
+def accuracy_and_area(accuracy: str, area: str) -> str:
+    """What was not measured is left out."""
+    said = f"{float(accuracy):.2f}" if accuracy else ""
+    return f"{said} ({float(area):.2f})" if area else said
 
 
 def mcnemar_table(rows: list[dict[str, str]]) -> str:

@@ -78,6 +78,11 @@ class Run:
 OURS = ("train.py", "--recipe", "cpu")
 CHANGES = {
     "the recipe": (),
+    "augment strong": ("--augment", "strong"),
+    "112 px, in the same time": ("--resolution", "112", "--epochs", "4"),
+    "no squeeze-and-excitation": ("--network", "r18"),
+    "s 64, m 0.5": ("--s", "64", "--m", "0.5"),
+    "straight-through gradient": ("benchmarks/peers.py", "--recipe", "straight-through"),
 }
 
 
@@ -88,7 +93,8 @@ def planned(what: str) -> Iterator[Run]:
     if what in ("ablations", "all"):
         for seed, (change, words) in itertools.product((0, 1, 2), CHANGES.items()):
             script = words if words[:1] == ("benchmarks/peers.py",) else (*OURS, *words)
-            yield Run("ablations", change, seed, (*script, "--epochs", str(SHORT)))
+            length = () if "--epochs" in words else ("--epochs", str(SHORT))
+            yield Run("ablations", change, seed, (*script, *length))
     if what in ("peers", "all"):
         yield Run("peers", "ours", 0, (*OURS, "--epochs", str(SHORT)))
         for peer in ("reference", "official"):
