@@ -3,7 +3,7 @@
     python benchmarks/curves.py
 
 A panel a group of runs: accuracy on people held out of training, after each epoch, over the photos
-seen so far. Of runs that differ by their seed alone there is one line each, in one colour.
+seen so far. Runs that differ by their seed alone have one colour.
 """
 
 import sys
@@ -12,7 +12,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts
 
-from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
@@ -50,11 +49,12 @@ def figure(groups: dict[str, list[Run]]) -> Figure:
         plots.dress(axes)
         changes = list(dict.fromkeys(run.change for run in runs))
         for run in runs:
-            curve, colour = curve_of(run), colormaps["tab10"](changes.index(run.change))
+            curve, number = curve_of(run), changes.index(run.change)
             axes.plot(
                 [int(row["photos_seen"]) for row in curve],
                 [float(row["validation"]) for row in curve],
-                color=colour,
+                color=plots.PAPER[plots.CURVES[number % len(plots.CURVES)]],
+                linestyle=plots.DASHES[number // len(plots.CURVES)],
                 linewidth=1.1,
                 label=run.change if run.seed == 0 else None,
             )
