@@ -223,9 +223,9 @@ class TrainOptions:
 
     augment: str = option(
         "flip",
-        "none, flip, strong (flip, small affine, colour, grey, blur, low resolution), or heavy "
-        "(more of it, and a part erased; for small sets and many passes)",
-        choices=("none", "flip", "strong", "heavy"),
+        "none, flip, strong (flip, small affine, colour, grey, blur, low resolution), or growing "
+        "(from strong to more of it, with a part erased; for small sets and many passes)",
+        choices=("none", "flip", "strong", "growing"),
         group="data",
     )
     workers: int = option(-1, "loader processes (-1: 1 on CPU, up to 8 on CUDA; 0: none)", low=-1)
@@ -400,7 +400,7 @@ RECIPES: dict[str, dict[str, object]] = {
     # 17 thousand photos of 3 thousand people, 2 cores, 80 minutes; README says how it was found.
     "cpu": {
         "network": "se-r18", "width": 0.5, "resolution": 64, "embedding_size": 256, "dropout": 0.2,
-        "epochs": 60, "augment": "heavy", "compile": True,
+        "epochs": 60, "augment": "growing", "compile": True,
     },
     # ArcFace paper, section 3.1: batch 512, lr 0.1, wd 5e-4; /10 at 20K and 28K of 32K steps.
     "casia-r50": {

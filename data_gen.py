@@ -270,24 +270,30 @@ class Strength(NamedTuple):
     erase: float
 
 
-STRENGTHS = {
-    "strong": Strength(0.5, 10, 0.1, 4, 0, 0, colour=0.5, grey=0.1, erase=0),
-    "heavy": Strength(0.8, 15, 0.15, 6, 0.08, 0.08, colour=0.6, grey=0.15, erase=0.5),
-}
+STRONG = Strength(0.5, 10, 0.1, 4, 0, 0, colour=0.5, grey=0.1, erase=0)
+HEAVY = Strength(0.8, 15, 0.15, 6, 0.08, 0.08, colour=0.6, grey=0.15, erase=0.5)
 
 
 _GREY = np.tile([0.299, 0.587, 0.114], (3, 1))
 
 
-def augment(image: np.ndarray, kind: str, rng: np.random.Generator) -> np.ndarray:
-    """uint8 (112, 112, 3) RGB -> the same size; `kind` is none, flip, strong or heavy."""
+def augment(
+    image: np.ndarray, kind: str, rng: np.random.Generator, done: float = 1.0
+) -> np.ndarray:
+    """uint8 (112, 112, 3) RGB -> the same size; `kind` is none, flip, strong or growing.
+
+    `growing` is strong at the start of a run and heavy at its end; `done` of it, 0 to 1, is over.
+    Early on, a network that knows no face yet learns little from what heavy leaves of one; later
+    on, it knows what strong shows it by heart (README, "How the recipe for two cores is found").
+    """
     if kind == "none":
         return image
     if rng.random() < 0.5:
         image = np.ascontiguousarray(image[:, ::-1])
     if kind == "flip":
         return image
-    strength = STRENGTHS[kind]
+    share = done if kind == "growing" else 0.0
+    strength = Strength(*(a + share * (b - a) for a, b in zip(STRONG, HEAVY, strict=True)))
     if rng.random() < strength.affine:
         image = _affine(image, strength, rng)
     if rng.random() < strength.colour:
@@ -360,8 +366,8 @@ class Batch(NamedTuple):
 class FaceDataset(Dataset):
     """A sample's key is (epoch, index): all that its augmentation depends on besides the seed."""
 
-    def __init__(self, faces: FaceSet, kind: str, seed: int):
-        self.faces, self.kind, self.seed = faces, kind, seed
+    def __init__(self, faces: FaceSet, kind: str, seed: int, epochs: int):
+        self.faces, self.kind, self.seed, self.epochs = faces, kind, seed, epochs
 
     def __len__(self) -> int:
         return len(self.faces)
@@ -374,7 +380,8 @@ class FaceDataset(Dataset):
         except InputError as error:  # raised in `batches`: a worker would wrap it in its traceback
             return str(error)
         rng = np.random.default_rng((self.seed, epoch, index))
-        return augment(image, self.kind, rng), int(self.faces.labels[index]), index
+        done = epoch / max(1, self.epochs - 1)
+        return augment(image, self.kind, rng, done), int(self.faces.labels[index]), index
 
 
 def read_crop(path: Path) -> np.ndarray:
@@ -417,7 +424,7 @@ class RunSampler(Sampler):
         self.share = batch_size // ranks  # of this rank
         self.offset = rank * self.share
         self.steps_per_epoch = photos // batch_size
-        self.steps = self.steps_per_epoch * epochs
+        self.epochs, self.steps = epochs, self.steps_per_epoch * epochs
 
     def __len__(self) -> int:
         return self.steps - self.start
@@ -438,7 +445,7 @@ def make_loader(
 ) -> DataLoader:
     """One loader for the whole run: workers are started once, and read ahead across epochs."""
     return DataLoader(
-        FaceDataset(faces, kind, sampler.seed),
+        FaceDataset(faces, kind, sampler.seed, sampler.epochs),
         batch_sampler=sampler,
         num_workers=workers,
         collate_fn=_collate,

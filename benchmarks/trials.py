@@ -7,7 +7,6 @@ smoothed       label smoothing of 0.1
 subcentres     three centres an identity, the nearest counts (Deng et al. 2020)
 balanced       identities drawn by the root of their number of photos
 annealed       the margin rises from 0 in the first half of the run
-growing        augmentation from `strong` in the first epoch to `heavy` in the last one
 
 All other options are those of train.py. What paid is an option there; results/trials.csv says what
 did not. Such a run can't go on after a stop: the parts here are in no checkpoint.
@@ -43,7 +42,7 @@ from config import RECIPES, InputError, TrainOptions
 SHARE = 0.05  # of the run: the time constant of the average
 SMOOTHING = 0.1
 CENTRES = 3
-TRIALS = ("averaged", "smoothed", "subcentres", "balanced", "annealed", "growing")
+TRIALS = ("averaged", "smoothed", "subcentres", "balanced", "annealed")
 
 
 def main(options: TrainOptions) -> int:
@@ -66,7 +65,6 @@ def parts(options: TrainOptions) -> list[tuple[ModuleType, str, object]]:
         "subcentres": [(training_step, "make_head", SubCentres.of)],
         "balanced": [(train.data_gen, "make_loader", balanced_loader)],
         "annealed": [(train, "backward", loop.backward)],
-        "growing": [(data_gen, "FaceDataset", partial(Growing, options.epochs))],
     }[options.recipe]
     return [*found, (train, "train", loop.train)]
 
@@ -158,21 +156,6 @@ def balanced_loader(faces: data_gen.FaceSet, sampler: data_gen.RunSampler, *rest
     )
     drawn.labels = faces.labels
     return MAKE_LOADER(faces, drawn, *rest)
-
-
-class Growing(data_gen.FaceDataset):
-    """`heavy` means something else in each epoch."""
-
-    def __init__(self, epochs: int, *rest):
-        super().__init__(*rest)
-        self.epochs = epochs
-        self.ends = data_gen.STRENGTHS["strong"], data_gen.STRENGTHS["heavy"]
-
-    def __getitem__(self, key: tuple[int, int]):
-        share = key[0] / max(1, self.epochs - 1)
-        between = (low + share * (high - low) for low, high in zip(*self.ends, strict=True))
-        with mock.patch.dict(data_gen.STRENGTHS, heavy=data_gen.Strength(*between)):
-            return super().__getitem__(key)
 
 
 if __name__ == "__main__":

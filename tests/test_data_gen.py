@@ -320,8 +320,14 @@ def test_strong_changes_a_lot_but_not_beyond_a_face(crop):
     assert np.abs(means - crop[40:72, 40:72].mean()).max() < 80
 
 
-def test_heavy_also_erases_a_part(crop):
-    results = [augment(crop, "heavy", np.random.default_rng(index)) for index in range(300)]
+def test_growing_goes_from_strong_to_more_of_it_and_a_part_erased(crop):
+    for index in range(20):
+        strong, first = (
+            augment(crop, kind, np.random.default_rng(index), done=0.0)
+            for kind in ("strong", "growing")
+        )
+        assert np.array_equal(strong, first)
+    results = [augment(crop, "growing", np.random.default_rng(index)) for index in range(300)]
     assert all(r.shape == crop.shape and r.dtype == np.uint8 for r in results)
     plain = sum(np.array_equal(r, crop) or np.array_equal(r, crop[:, ::-1]) for r in results)
     assert plain < 25  # 0.2 * 0.4 * 0.85 * 0.9 * 0.8 * 0.5 of them: 2.4 %
@@ -333,6 +339,18 @@ def test_heavy_also_erases_a_part(crop):
     before = crop.copy()
     data_gen._erase(crop, np.random.default_rng(0))
     assert np.array_equal(crop, before)  # a photo in memory is not written to
+
+
+def test_growing_is_half_way_in_the_middle_of_the_run(prepared, monkeypatch):
+    faces, seen = data_gen.load_faces(prepared), []
+    monkeypatch.setattr(data_gen, "augment", lambda image, kind, rng, done: seen.append(done))
+    sampler = RunSampler(len(faces), 8, 5, seed=0)
+    loader = data_gen.make_loader(faces, sampler, "growing", workers=0, timeout=0, pin=False)
+    for epoch in range(5):
+        loader.dataset[epoch, 0]
+    assert seen == [0.0, 0.25, 0.5, 0.75, 1.0]
+    data_gen.FaceDataset(faces, "growing", 0, epochs=1)[0, 0]
+    assert seen[-1] == 0.0
 
 
 def test_an_affine_change_turns_about_the_middle_and_shifts(crop):

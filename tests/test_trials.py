@@ -9,7 +9,6 @@ import torch
 
 import checkpoint
 import config
-import data_gen
 import train
 from arcface import ArcMarginHead
 from benchmarks import trials
@@ -67,16 +66,6 @@ def test_the_balanced_order_draws_people_by_the_root_of_their_photos():
     of_first = (sampler.labels[drawn] == 0).mean()
     assert of_first == pytest.approx(9 / (9 + 3), abs=0.01)  # 81 and 9 photos, 9 : 3
     assert len(set(drawn.tolist())) == 90 and len(drawn) == 200 * 90
-
-
-def test_augmentation_grows_from_strong_to_heavy(prepared):
-    faces = data_gen.load_faces(prepared)
-    growing = trials.Growing(3, faces, "heavy", 5)
-    for epoch, kind in ((0, "strong"), (2, "heavy")):
-        plain = data_gen.FaceDataset(faces, kind, 5)
-        for index in range(len(faces)):
-            assert np.array_equal(growing[epoch, index][0], plain[epoch, index][0])
-    assert data_gen.STRENGTHS["heavy"].erase == 0.5
 
 
 def test_the_margin_rises_in_the_first_half(options, monkeypatch):
