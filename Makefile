@@ -30,7 +30,7 @@ pictures: .venv/installed
 readme: .venv/installed
 	$(BIN)/python readme_tables.py
 
-# Two hours on 2 cores. Stopped, it goes on where it was; what was trained lies in runs/cpu/export.
+# About two hours on 2 cores. Stopped, it goes on where it was; what was trained lies in runs/cpu/export.
 weights: .venv/installed
 	@test -n "$(PHOTOS)" || { echo "error: make weights PHOTOS=path/to/train-faces.zip" >&2; exit 2; }
 	$(BIN)/python pre_process.py --src "$(PHOTOS)" --out data/faces

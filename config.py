@@ -397,7 +397,7 @@ RECIPES: dict[str, dict[str, object]] = {
         "network": "se-r18", "width": 0.25, "embedding_size": 128, "dropout": 0.2, "epochs": 5,
         "batch_size": 32, "lr_batch": 32,
     },
-    # 17 thousand photos of 3 thousand people, 2 cores, 80 minutes; README says how it was found.
+    # 17 thousand photos of 3 thousand people on 2 cores, about 100 minutes; see README for how.
     "cpu": {
         "network": "se-r18", "width": 0.5, "resolution": 64, "embedding_size": 256, "dropout": 0.2,
         "epochs": 60, "augment": "growing", "compile": True,
