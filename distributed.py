@@ -36,12 +36,27 @@ def join(name: str) -> torch.device:
             raise InputError(f"--device {name} under torchrun: name cuda, each rank takes its card")
         device = job.own_card(device)
         torch.cuda.set_device(device)
+    store, own, count = next(dist.rendezvous("env://", timeout=_PATIENCE))
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
+        store=_of_this_start(store),
+        rank=own,
+        world_size=count,
         timeout=_PATIENCE,
         device_id=device if device.type == "cuda" else None,
     )
     return device
+
+
+def _of_this_start(store: dist.Store) -> dist.Store:
+    """torchrun of torch 2.14 keeps one store over its restarts, with the addresses of dead ranks.
+
+    Whoever reads one of those before its successor has written waits in vain. Several nodes may
+    count their restarts differently, so their store stays as torch has it.
+    """
+    if os.environ.get("LOCAL_WORLD_SIZE") != os.environ["WORLD_SIZE"]:
+        return store
+    return dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def leave() -> None:

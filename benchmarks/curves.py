@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter
 
 import config
 import plots
-from benchmarks.experiments import GROUPS, RESULTS, Run, planned, read
+from benchmarks.experiments import GROUPS, Run, planned, read
 from config import ROOT, InputError
 
 OUT = ROOT / "images" / "runs.png"
@@ -29,16 +29,12 @@ class Options:
 
 
 def main(_: Options) -> None:
-    groups = {what: [run for run in planned(what) if curve_of(run)] for what in GROUPS}
+    groups = {what: [run for run in planned(what) if run.curves.exists()] for what in GROUPS}
     groups = {what: runs for what, runs in groups.items() if runs}
     if not groups:
         raise InputError("results/curves holds no curve of a run: python benchmarks/experiments.py")
     plots.save_png(figure(groups), OUT, "Accuracy on held-out people along each run")
     print(f"wrote {OUT}")
-
-
-def curve_of(run: Run) -> list[dict[str, str]]:
-    return read(RESULTS / "curves" / f"{run.name}.csv")
 
 
 def figure(groups: dict[str, list[Run]]) -> Figure:
@@ -49,7 +45,7 @@ def figure(groups: dict[str, list[Run]]) -> Figure:
         plots.dress(axes)
         changes = list(dict.fromkeys(run.change for run in runs))
         for run in runs:
-            curve, number = curve_of(run), changes.index(run.change)
+            curve, number = read(run.curves), changes.index(run.change)
             axes.plot(
                 [int(row["photos_seen"]) for row in curve],
                 [float(row["validation"]) for row in curve],

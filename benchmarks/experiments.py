@@ -71,6 +71,10 @@ class Run:
         slug = "".join(letter if letter.isalnum() else "-" for letter in self.change)
         return f"{self.group}-{slug}-{self.seed}"
 
+    @property
+    def curves(self) -> Path:
+        return RESULTS / "curves" / f"{self.name}.csv"
+
 
 # --------------------------------------------------------------------------------------------------
 # the runs
@@ -289,9 +293,8 @@ def write_curves(run: Run, folder: Path, batch: int) -> None:
         }
         for step, value in zip(scores.steps, scores.values, strict=True)
     ]
-    path = RESULTS / "curves" / f"{run.name}.csv"
-    path.parent.mkdir(exist_ok=True)
-    write(path, ("photos_seen", "validation", "loss"), rows)
+    run.curves.parent.mkdir(exist_ok=True)
+    write(run.curves, ("photos_seen", "validation", "loss"), rows)
 
 
 if __name__ == "__main__":

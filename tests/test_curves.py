@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks import curves
+from benchmarks import curves, experiments
 from benchmarks.experiments import Run, planned, write
 from config import InputError
 
@@ -11,21 +11,21 @@ HEAD = ("photos_seen", "validation", "loss")
 
 @pytest.fixture
 def results(tmp_path, monkeypatch):
-    monkeypatch.setattr(curves, "RESULTS", tmp_path)
+    monkeypatch.setattr(experiments, "RESULTS", tmp_path)
     monkeypatch.setattr(curves, "OUT", tmp_path / "runs.png")
-    (tmp_path / "curves").mkdir()
     return tmp_path
 
 
-def put(folder, run: Run, scores: list[float]) -> None:
+def put(run: Run, scores: list[float]) -> None:
+    run.curves.parent.mkdir(exist_ok=True)
     rows = [dict(zip(HEAD, (100 * k, score, 1.0), strict=True)) for k, score in enumerate(scores)]
-    write(folder / "curves" / f"{run.name}.csv", HEAD, rows)
+    write(run.curves, HEAD, rows)
 
 
 def test_a_panel_a_group_a_line_a_run_a_colour_a_change(results):
     final, ablations = list(planned("final")), list(planned("ablations"))
     for number, run in enumerate([*final, *ablations]):
-        put(results, run, [50.0, 60.0 + number])
+        put(run, [50.0, 60.0 + number])
     drawn = curves.figure({"final": final, "ablations": ablations})
     one, other = drawn.axes
     assert len(one.lines) == 2 and len(other.lines) == len(ablations)
@@ -44,6 +44,6 @@ def test_a_panel_a_group_a_line_a_run_a_colour_a_change(results):
 def test_runs_that_are_not_done_are_left_out(results):
     with pytest.raises(InputError, match=r"experiments\.py"):
         curves.main(curves.Options())
-    put(results, next(planned("peers")), [50.0, 60.0])
+    put(next(planned("peers")), [50.0, 60.0])
     curves.main(curves.Options())
     assert (results / "runs.png").stat().st_size > 5000
