@@ -402,6 +402,10 @@ RECIPES: dict[str, dict[str, object]] = {
         "network": "se-r18", "width": 0.5, "resolution": 64, "embedding_size": 256, "dropout": 0.2,
         "epochs": 60, "augment": "growing", "compile": True,
     },
+    # The same set on one small GPU, SE-LResNet50E-IR at full size. It has not been run yet.
+    "small-gpu": {
+        "network": "se-r50", "dropout": 0.4, "epochs": 60, "batch_size": 128, "augment": "growing",
+    },
     # ArcFace paper, section 3.1: batch 512, lr 0.1, wd 5e-4; /10 at 20K and 28K of 32K steps.
     "casia-r50": {
         "network": "r50", "epochs": 34, "batch_size": 512, "lr": 0.1, "lr_batch": 512,

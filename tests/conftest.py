@@ -34,7 +34,7 @@ def shared() -> Path:
     return SHARED
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def script():
     """Run a script of the repo as a user would -> the finished process, its output as text."""
 

@@ -1,5 +1,6 @@
 """The whole pipeline as a person runs it. Run: python -m pytest -m slow tests/test_end_to_end.py"""
 
+import csv
 import json
 import re
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import config
 import data_gen
 import protocol
 from conftest import ROOT
@@ -61,23 +63,42 @@ def test_make_demo_learns_identity_and_a_second_run_has_nothing_to_do(clone):
     assert f"{100 * accuracy:.2f} %" in again
 
 
-@pytest.mark.timeout(2400)
-def test_alignment_and_protocol_on_the_whole_of_lfw(shared, script, tmp_path):
-    """The reference network loses percents on a wrong crop or protocol; floors from its README."""
-    done = script(
-        "pre_process.py", "--src", shared / "data/lfw-deepfunneled.tgz",
-        "--out", tmp_path / "lfw", "--keep-undetected", timeout=1500,
-    )  # fmt: skip
+@pytest.fixture(scope="module")
+def lfw(shared, script, tmp_path_factory):
+    """The whole of it, prepared."""
+    out = tmp_path_factory.mktemp("lfw") / "lfw"
+    archive = shared / "data/lfw-deepfunneled.tgz"
+    done = script("pre_process.py", "--src", archive, "--out", out, "--keep-undetected",
+                  timeout=1500)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert re.search(r"aligned +8,1\d\d ", done.stdout)
-    for flip, floor in (("--no-flip", 0.9900), ("--flip", 0.9915)):
-        done = script(
-            "lfw_eval.py", "--data", tmp_path / "lfw", "--pairs", shared / "data/pairs.txt",
-            "--model", shared / "reference/face_embedder.onnx", "--out", tmp_path / flip, flip,
-            "--input-mean", 127, "--input-std", 128, timeout=1500,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        assert "6000 of 6000 pairs scored" in done.stdout
-        result = json.loads((tmp_path / flip / "eval.json").read_text())
-        assert result["accuracy"]["mean"] >= floor
-        assert len(result["data"]["undetected"]) <= 3
+    return out
+
+
+def evaluate(script, lfw: Path, pairs: Path, *words: object) -> dict:
+    out = lfw.parent / "report"
+    done = script("lfw_eval.py", "--data", lfw, "--pairs", pairs, "--out", out, *words,
+                  timeout=1500)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "6000 of 6000 pairs scored" in done.stdout
+    return json.loads((out / "eval.json").read_text())
+
+
+@pytest.mark.timeout(2400)
+@pytest.mark.parametrize(("flip", "floor"), [("--no-flip", 0.9900), ("--flip", 0.9915)])
+def test_alignment_and_protocol_on_the_whole_of_lfw(shared, script, lfw, flip, floor):
+    """The reference network loses percents on a wrong crop or protocol; floors from its README."""
+    result = evaluate(
+        script, lfw, shared / "data/pairs.txt", flip, "--input-mean", 127, "--input-std", 128,
+        "--model", shared / "reference/face_embedder.onnx",
+    )  # fmt: skip
+    assert result["accuracy"]["mean"] >= floor
+    assert len(result["data"]["undetected"]) <= 3
+
+
+@pytest.mark.timeout(2400)
+def test_the_weights_that_ship_have_the_figure_in_readme(shared, script, lfw):
+    result = evaluate(script, lfw, shared / "data/pairs.txt", "--model", config.WEIGHTS)
+    with open(ROOT / "results/lfw.csv", newline="") as file:
+        row = next(row for row in csv.DictReader(file) if "--recipe cpu" in row["backbone"])
+    assert abs(100 * result["accuracy"]["mean"] - float(row["accuracy"])) <= 0.1

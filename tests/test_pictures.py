@@ -18,7 +18,7 @@ import pictures
 from conftest import make_prepared
 from synthetic_faces import draw_face
 
-ALL = ["curves.png", "faces.png", "pair.jpg", "theta_lfw.png"]
+ALL = ["curves.png", "faces.png", "pair.jpg", "theta_lfw.png", "theta_recipe.png"]
 
 
 @pytest.fixture
@@ -63,31 +63,34 @@ def test_on_a_fresh_clone_each_picture_stays_and_what_to_do_is_said(clone, capsy
     before = contents(clone)
     pictures.main(None)
     said = capsys.readouterr().out.splitlines()
-    assert contents(clone) == before and len(said) == 4
+    assert contents(clone) == before and len(said) == 5
     assert sum("run make demo first" in line for line in said) == 3
-    assert any(line.startswith("theta_lfw.png") and "lfw_eval.py" in line for line in said)
+    assert sum(line.startswith("theta_") and "lfw_eval.py" in line for line in said) == 2
 
 
-def test_after_the_demo_they_are_made(clone, capsys):
+@pytest.mark.parametrize(
+    ("name", "model"), [("theta_lfw.png", "face_embedder"), ("theta_recipe.png", "recipe-cpu")]
+)
+def test_after_the_demo_they_are_made(clone, capsys, name, model):
     demo(clone)
     pictures.main(None)
-    for name in ALL[:3]:
-        with Image.open(clone / "images" / name) as image:
+    for drawn in ALL[:3]:
+        with Image.open(clone / "images" / drawn) as image:
             assert np.asarray(image.convert("RGB")).std() > 10
-    assert contents(clone)["theta_lfw.png"] == b"old"
-    (clone / "runs/face_embedder/lfw").mkdir(parents=True)
-    report = clone / "runs/face_embedder/lfw"
+    assert contents(clone)[name] == b"old"
+    report = clone / "runs" / model / "lfw"
+    report.mkdir(parents=True)
     (report / "theta_dist.png").write_text("new")
     view_2 = {"data": {"pairs_sha256": download.LFW_PAIRS[0].sha256}}
     (report / "run.json").write_text('{"options": {"flip": "False"}}')
     (report / "eval.json").write_text(json.dumps(view_2))
     pictures.main(None)
-    assert "theta_lfw.png is left as it is" in capsys.readouterr().out
+    assert f"{name} is left as it is" in capsys.readouterr().out
     (report / "run.json").write_text('{"options": {"flip": "True"}}')
     (clone / "synthetic/test/raw" / pictures.PAIR[1]).unlink()
     before = contents(clone)
     pictures.main(None)
-    assert contents(clone) == {**before, "theta_lfw.png": b"new"}
+    assert contents(clone) == {**before, name: b"new"}
     assert f"pair.jpg is left as it is: {clone}" in capsys.readouterr().out
 
 
