@@ -6,6 +6,7 @@ embeddings = embed(model, crops)           # uint8 (N, 112, 112, 3) RGB -> float
 """
 
 import ctypes
+import functools
 import os
 import platform
 import shutil
@@ -175,9 +176,11 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+@functools.cache
 def commit() -> str:
     """Short hash of the repo's commit, with + where files differ from it; 'unknown' without git.
 
+    As it was at the first call, when the code that runs was read: a later commit is not running.
     What was measured (results/) is no code, and does not count as a difference.
     """
     git = ["git", "-C", str(ROOT)]
