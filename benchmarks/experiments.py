@@ -88,6 +88,11 @@ CHANGES = {
     "s 64, m 0.5": ("--s", "64", "--m", "0.5"),
     "straight-through gradient": ("benchmarks/peers.py", "--recipe", "straight-through"),
 }
+PEERS = {
+    "reference": ("reference",),
+    "official": ("official",),
+    "official, lr 0.1 at batch 64": ("official", "--lr", "0.1", "--lr-batch", "64"),  # as ours
+}
 
 
 def planned(what: str) -> Iterator[Run]:
@@ -101,9 +106,9 @@ def planned(what: str) -> Iterator[Run]:
             yield Run("ablations", change, seed, (*script, *length))
     if what in ("peers", "all"):
         yield Run("peers", "ours", 0, (*OURS, "--epochs", str(SHORT)))
-        for peer in ("reference", "official"):
-            words = ("benchmarks/peers.py", "--recipe", peer, "--epochs", str(SHORT))
-            yield Run("peers", peer, 0, words)
+        for change, words in PEERS.items():
+            script = ("benchmarks/peers.py", "--recipe", *words, "--epochs", str(SHORT))
+            yield Run("peers", change, 0, script)
     if what in ("scaling", "all"):
         for part in (8, 4, 2, 1):
             yield Run(

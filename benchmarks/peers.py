@@ -9,10 +9,11 @@ reference         the early PyTorch repo that this one follows in layout: a scal
                   sqrt(1 - cos^2) in the margin, the learning rate divided by 10 at each fifth of
                   the run, gradients clipped by value, weight decay on everything, s = 64, m = 0.5,
                   ImageNet's normalisation
-official          arcface_torch: its r18 without squeeze-and-excitation, polynomial schedule,
-                  s = 64, m = 0.5, a margin whose gradient is the one of the plain cosine
-                  (straight-through), weight decay on everything, the backbone's gradient clipped
-                  by its norm, no augmentation but the flip
+official          arcface_torch: its r18 without squeeze-and-excitation, polynomial schedule, the
+                  learning rate of its configuration for one GPU (0.02 at batch 128, here in
+                  proportion), s = 64, m = 0.5, a margin whose gradient is the one of the plain
+                  cosine (straight-through), weight decay on everything, the backbone's gradient
+                  clipped by its norm, no augmentation but the flip
 straight-through  our recipe `cpu`, but for that gradient
 
 All other options are those of train.py and may be named, too, but for those of the parts above.
@@ -55,7 +56,7 @@ PEERS: dict[str, dict[str, object]] = {
     },
     "official": {
         "network": "r18", "width": 0.5, "s": 64.0, "m": 0.5, "schedule": "poly", "warmup": 0.0,
-        "lr": 0.1, "augment": "flip", "compile": True,
+        "lr": 0.02, "lr_batch": 128, "augment": "flip", "compile": True,
     },
     "straight-through": RECIPES["cpu"],
 }  # fmt: skip
