@@ -75,30 +75,33 @@ def lfw(shared, script, tmp_path_factory):
     return out
 
 
-def evaluate(script, lfw: Path, pairs: Path, *words: object) -> dict:
-    out = lfw.parent / "report"
-    done = script("lfw_eval.py", "--data", lfw, "--pairs", pairs, "--out", out, *words,
-                  timeout=1500)  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "6000 of 6000 pairs scored" in done.stdout
-    return json.loads((out / "eval.json").read_text())
+@pytest.fixture
+def evaluate(shared, script, lfw, tmp_path):
+    """On View 2, with these further words -> eval.json."""
+
+    def run(*words: object) -> dict:
+        done = script("lfw_eval.py", "--data", lfw, "--pairs", shared / "data/pairs.txt",
+                      "--out", tmp_path, *words, timeout=1500)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert "6000 of 6000 pairs scored" in done.stdout
+        return json.loads((tmp_path / "eval.json").read_text())
+
+    return run
 
 
 @pytest.mark.timeout(2400)
 @pytest.mark.parametrize(("flip", "floor"), [("--no-flip", 0.9900), ("--flip", 0.9915)])
-def test_alignment_and_protocol_on_the_whole_of_lfw(shared, script, lfw, flip, floor):
+def test_alignment_and_protocol_on_the_whole_of_lfw(shared, evaluate, flip, floor):
     """The reference network loses percents on a wrong crop or protocol; floors from its README."""
-    result = evaluate(
-        script, lfw, shared / "data/pairs.txt", flip, "--input-mean", 127, "--input-std", 128,
-        "--model", shared / "reference/face_embedder.onnx",
-    )  # fmt: skip
+    model = shared / "reference/face_embedder.onnx"
+    result = evaluate("--model", model, "--input-mean", 127, "--input-std", 128, flip)
     assert result["accuracy"]["mean"] >= floor
     assert len(result["data"]["undetected"]) <= 3
 
 
 @pytest.mark.timeout(2400)
-def test_the_weights_that_ship_have_the_figure_in_readme(shared, script, lfw):
-    result = evaluate(script, lfw, shared / "data/pairs.txt", "--model", config.WEIGHTS)
+def test_the_weights_that_ship_have_the_figure_in_readme(evaluate):
+    result = evaluate("--model", config.WEIGHTS)
     with open(ROOT / "results/lfw.csv", newline="") as file:
         row = next(row for row in csv.DictReader(file) if "--recipe cpu" in row["backbone"])
     assert abs(100 * result["accuracy"]["mean"] - float(row["accuracy"])) <= 0.1

@@ -24,6 +24,13 @@ def test_every_csv_is_in_readme():
     assert named == {f"results/{p.name}" for p in (config.ROOT / "results").glob("*.csv")}
 
 
+def test_no_row_has_a_column_too_many_or_too_few():
+    """A comma that is not quoted cuts a note short, and README with it."""
+    for path in (config.ROOT / "results").rglob("*.csv"):
+        with open(path, newline="") as file:
+            assert len({len(row) for row in csv.reader(file)}) == 1, path
+
+
 def test_a_changed_number_is_told_and_mended(tmp_path, monkeypatch, capsys):
     text = readme_tables.README.read_text()
     drifted = text.replace("99.22 % ±", "99.92 % ±", 1)
