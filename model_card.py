@@ -152,10 +152,12 @@ def validation(metadata: dict[str, str]) -> list[str]:
         pairs += f" of {cell(metadata['threshold_from'])}"
     if "init" in metadata:
         pairs += " (people whom the weights it started from may have seen)"
+    tar = number(metadata.get("threshold_tar"))
+    genuine = "" if tar is None else f", and {100 * tar:.1f} % of the genuine pairs"
     return [
         *lines,
         f"- threshold: {degrees:.2f} degrees, below which two photos are taken for one person. It "
-        f"accepted {100 * far:g} % of {pairs}; other people, "
+        f"accepted {100 * far:g} % of {pairs}{genuine}; other people, "
         "cameras and ages give other rates",
     ]
 

@@ -21,6 +21,7 @@ class Threshold(NamedTuple):
     impostor_pairs: int | None
     taken_on: str = ""  # whose pairs these are
     started_from: str = ""  # the weights before a fine-tuning
+    tar: float | None = None  # share of the genuine pairs that it accepts; None: not known
 
     def __str__(self) -> str:
         return "; ".join(self.parts())
@@ -33,8 +34,10 @@ class Threshold(NamedTuple):
         parts = [
             f"threshold {self.degrees:.2f}°, at which 1 in {1 / self.far:,.0f} impostor pairs is "
             "accepted",
-            f"{self.impostor_pairs:,} pairs{whose}",
+            f"{self.impostor_pairs:,} impostor pairs{whose}",
         ]
+        if self.tar is not None:
+            parts.insert(1, f"and {100 * self.tar:.0f} in 100 genuine ones")
         if self.started_from:
             parts.append(
                 f"the weights that it started from ({self.started_from}) may have seen these people"
@@ -56,10 +59,13 @@ def pick(named: float | None, network: torch.nn.Module, file: Path) -> Threshold
         degrees, far = float(kept["threshold_degrees"]), float(kept["threshold_far"])
         if not (0 < degrees < 180 and 0 < far < 1):
             raise ValueError(f"{degrees}° at {far}")
+        tar = float(kept["threshold_tar"]) if "threshold_tar" in kept else None
+        if tar is not None and not 0 <= tar <= 1:
+            raise ValueError(f"accepts {tar} of the genuine pairs")
         about = (
             one_line(network.metadata.get(key, ""))[:LONGEST] for key in ("threshold_from", "init")
         )
-        return Threshold(degrees, far, int(kept["threshold_impostor_pairs"]), *about)
+        return Threshold(degrees, far, int(kept["threshold_impostor_pairs"]), *about, tar)
     except (KeyError, ValueError) as error:
         raise InputError(
             f"{file} carries a threshold that is none ({error}): name one with --threshold"

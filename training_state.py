@@ -244,6 +244,7 @@ def save_best(
             "threshold_degrees": f"{score.threshold:.4f}",
             "threshold_far": f"{score.far:g}",
             "threshold_impostor_pairs": str(score.impostors),
+            "threshold_tar": f"{score.tar:.4f}",
             "threshold_from": validated_on,
         }
     checkpoint.save_weights(run / checkpoint.BEST, net.backbone.state_dict(), metadata)

@@ -80,18 +80,23 @@ class Run:
 # the runs
 
 OURS = ("train.py", "--recipe", "cpu")
+THEIRS = ("benchmarks/peers.py", "--recipe")
 CHANGES = {
     "the recipe": (),
     "augment strong": ("--augment", "strong"),
     "112 px, in the same time": ("--resolution", "112", "--epochs", "4"),
     "no squeeze-and-excitation": ("--network", "r18"),
     "s 64, m 0.5": ("--s", "64", "--m", "0.5"),
-    "straight-through gradient": ("benchmarks/peers.py", "--recipe", "straight-through"),
+    "straight-through gradient": (*THEIRS, "straight-through"),
 }
+LIKE_OURS = ("--lr", "0.1", "--lr-batch", "64")
 PEERS = {
-    "reference": ("reference",),
-    "official": ("official",),
-    "official, lr 0.1 at batch 64": ("official", "--lr", "0.1", "--lr-batch", "64"),  # as ours
+    "ours": OURS,
+    "ours, 112 px, 512 numbers": (*OURS, "--resolution", "112", "--embedding-size", "512"),
+    "reference": (*THEIRS, "reference"),
+    "reference, lr 0.1 at batch 64": (*THEIRS, "reference", *LIKE_OURS),
+    "official": (*THEIRS, "official"),
+    "official, lr 0.1 at batch 64": (*THEIRS, "official", *LIKE_OURS),
 }
 
 
@@ -101,14 +106,12 @@ def planned(what: str) -> Iterator[Run]:
             yield Run("final", "the recipe", seed, OURS)
     if what in ("ablations", "all"):
         for seed, (change, words) in itertools.product((0, 1, 2), CHANGES.items()):
-            script = words if words[:1] == ("benchmarks/peers.py",) else (*OURS, *words)
+            script = words if words[:1] == THEIRS[:1] else (*OURS, *words)
             length = () if "--epochs" in words else ("--epochs", str(SHORT))
             yield Run("ablations", change, seed, (*script, *length))
     if what in ("peers", "all"):
-        yield Run("peers", "ours", 0, (*OURS, "--epochs", str(SHORT)))
         for change, words in PEERS.items():
-            script = ("benchmarks/peers.py", "--recipe", *words, "--epochs", str(SHORT))
-            yield Run("peers", change, 0, script)
+            yield Run("peers", change, 0, (*words, "--epochs", str(SHORT)))
     if what in ("scaling", "all"):
         for part in (8, 4, 2, 1):
             yield Run(
@@ -134,8 +137,10 @@ def main(options: Options) -> None:
         print(f"{'done' if finished else 'to do':6} {run.name}", flush=True)
         if not finished and not options.list:
             perform(run, options)
-    if not options.list and options.what in ("peers", "all"):
-        compare([run for run in runs if run.group == "peers"], options)
+    compared = [run for run in runs if run.group == "peers"]
+    new = any((run.group, run.change, str(run.seed)) not in done for run in compared)
+    if compared and not options.list and (new or not (RESULTS / "mcnemar.csv").exists()):
+        compare(compared, options)
 
 
 def check_sets(options: Options) -> None:
@@ -196,6 +201,7 @@ def call(words: list[str]) -> None:
     finally:
         for number, handler in earlier.items():
             signal.signal(number, handler)
+    code = 128 - code if code in (-signal.SIGINT, -signal.SIGTERM) else code  # lfw_eval.py's
     if code in (130, 143):
         raise SystemExit(code)
     if code:
@@ -230,11 +236,11 @@ def accuracy(folder: Path, run: Run, lfw: Path, pairs: str) -> dict[str, float]:
 
 def model_of(folder: Path, run: Run) -> Path:
     graph = folder / "reference.onnx"  # of a network that is none of ours
-    return graph if run.change == "reference" else folder
+    return graph if "reference" in run.words else folder
 
 
 def compare(runs: list[Run], options: Options) -> None:
-    """McNemar's test on the same pairs."""
+    """McNemar's test of ours against each of the others, on the same pairs."""
     folders = [RUNS / "experiments" / run.name for run in runs]
     models = [model_of(folder, run) for folder, run in zip(folders, runs, strict=True)]
     missing = [str(model) for model in models if not model.exists()]
@@ -244,7 +250,12 @@ def compare(runs: list[Run], options: Options) -> None:
     out = RUNS / "experiments" / "peers"
     call(["lfw_eval.py", "--data", str(options.lfw), "--pairs", str(options.lfw / VIEW_2),
           "--model", *map(str, models), "--out", str(out)])  # fmt: skip
-    write(RESULTS / "mcnemar.csv", comparison.TESTS, read(out / "mcnemar.csv"))
+    found = []
+    tests = read(out / "mcnemar.csv")  # of each two models, in the order of the call
+    for (a, b), row in zip(itertools.combinations(runs, 2), tests, strict=True):
+        if a.words[: len(OURS)] == OURS:
+            found.append({**row, "model A": a.change, "model B": b.change})
+    write(RESULTS / "mcnemar.csv", comparison.TESTS, found)
 
 
 def part_of(data: Path, part: int) -> Path:

@@ -7,8 +7,9 @@
 reference         the early PyTorch repo that this one follows in layout: a scalar PReLU shared
                   within a block and applied again after the sum, an unpadded stem and a max-pool,
                   sqrt(1 - cos^2) in the margin, the learning rate divided by 10 at each fifth of
-                  the run, gradients clipped by value, weight decay on everything, s = 64, m = 0.5,
-                  ImageNet's normalisation
+                  the run from 0.1 at batch 512 (here in proportion), gradients clipped by value,
+                  weight decay on everything, centres that start as Xavier's rule says, s = 64,
+                  m = 0.5, ImageNet's normalisation
 official          arcface_torch: its r18 without squeeze-and-excitation, polynomial schedule, the
                   learning rate of its configuration for one GPU (0.02 at batch 128, here in
                   proportion), s = 64, m = 0.5, a margin whose gradient is the one of the plain
@@ -18,7 +19,9 @@ straight-through  our recipe `cpu`, but for that gradient
 
 All other options are those of train.py and may be named, too, but for those of the parts above.
 Data, order of the photos, batch size, held-out identities and precision are the same for all, so
-that recipes are compared, not loaders. Writes what train.py writes; of `reference` also
+that recipes are compared, not loaders; so are depth and width. The size of the crops and of the
+embedding are part of a recipe: 112 pixels and 512 numbers for both peers, 64 and 256 for ours
+(experiments.py runs ours with theirs, too). Writes what train.py writes; of `reference` also
 reference.onnx, for lfw_eval.py.
 
 Legend of shapes: N photos, C identities, E embedding size.
@@ -51,7 +54,7 @@ from config import RECIPES, InputError, TrainOptions
 PEERS: dict[str, dict[str, object]] = {
     "reference": {
         "network": "se-r18", "width": 0.5, "s": 64.0, "m": 0.5, "dropout": 0.5, "schedule": "step",
-        "milestones": (0.2, 0.4, 0.6, 0.8), "warmup": 0.0, "lr": 0.1, "clip_norm": 0.0,
+        "milestones": (0.2, 0.4, 0.6, 0.8), "warmup": 0.0, "lr": 0.1, "lr_batch": 512,
         "augment": "flip", "compile": True,
     },
     "official": {
@@ -63,7 +66,7 @@ PEERS: dict[str, dict[str, object]] = {
 CLIP = 5.0  # the reference system: each entry of the gradient; arcface_torch: the backbone's norm
 # Options that the replaced parts do not heed.
 FIXED = ("head", "sample_rate", "margin", "m1", "m3", "easy_margin", "init")
-FIXED_REFERENCE = ("resolution", "checkpointing", "clip_norm")
+FIXED_REFERENCE = ("resolution", "checkpointing")
 
 
 def main(options: TrainOptions) -> int:
@@ -101,6 +104,7 @@ def check(options: TrainOptions) -> None:
     """Raises InputError: an option that would go unheeded, or a run of another recipe."""
     usual = replace(TrainOptions(), **PEERS[options.recipe])
     fixed = FIXED + FIXED_REFERENCE * (options.recipe == "reference")
+    fixed += ("clip_norm",) * (options.recipe != "straight-through")  # the peers clip at CLIP
     for name in fixed:
         if getattr(options, name) != getattr(usual, name):
             raise InputError(f"--{name.replace('_', '-')} is fixed in --recipe {options.recipe}")
@@ -150,6 +154,12 @@ class StraightThroughHead(ArcMarginHead):
 
 class ReferenceHead(StraightThroughHead):
     """phi by the addition theorem, its gradient by autograd through the square root."""
+
+    @classmethod
+    def of(cls, options: TrainOptions, num_identities: int) -> ArcMarginHead:
+        head = super().of(options, num_identities)
+        nn.init.xavier_uniform_(head.weight)
+        return head
 
     def with_margin(self, own: Tensor) -> Tensor:
         phi = own * math.cos(self.m) - torch.sqrt(1 - own**2) * math.sin(self.m)

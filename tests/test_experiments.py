@@ -1,6 +1,8 @@
 """The driver of the long runs, without the runs. Run: python -m pytest tests/test_experiments.py"""
 
 import csv
+import dataclasses
+import itertools
 import json
 import shutil
 import signal
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 
 import checkpoint
+import comparison
 import config
 import data_gen
 from benchmarks import experiments, peers
@@ -41,13 +44,16 @@ def test_each_run_has_a_name_and_a_place_of_its_own():
     assert [run for what in experiments.GROUPS for run in experiments.planned(what)] == runs
 
 
-def test_their_commands_are_understood(monkeypatch):
+def test_their_commands_are_understood(tmp_path, monkeypatch):
     monkeypatch.setattr(config, "RECIPES", {**config.RECIPES, **peers.PEERS})
     for run in experiments.planned("all"):
         script, *words = run.words
         assert (config.ROOT / script).exists()
         options = config.parse(config.TrainOptions, "", words)
-        assert options.recipe in config.RECIPES
+        if script == "benchmarks/peers.py":
+            peers.check(dataclasses.replace(options, runs=tmp_path))
+        else:
+            assert options.recipe == "cpu"
 
 
 def test_what_has_a_row_is_not_run_again(options, monkeypatch, capsys):
@@ -153,6 +159,44 @@ def test_a_signal_reaches_the_script_and_is_waited_for(tmp_path):
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=30) == 143
     assert (tmp_path / "saved").exists()
+
+
+def test_a_scoring_that_is_stopped_ends_as_a_signal_does(tmp_path, monkeypatch):
+    """lfw_eval.py has nothing to save: it dies of it."""
+    monkeypatch.setattr(experiments, "ROOT", tmp_path)
+    (tmp_path / "lfw_eval.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGTERM)")
+    with pytest.raises(SystemExit) as stopped:
+        experiments.call(["lfw_eval.py"])
+    assert stopped.value.code == 143
+
+
+def test_ours_is_compared_with_each_of_the_others(options, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "RUNS", tmp_path)
+    runs = list(experiments.planned("peers"))
+    called = []
+
+    def call(words):
+        called.append(words)
+        names = [str(number) for number in range(len(runs))]
+        tests = [[a, b, "1", "2", "exact", "0.5", "0.9"] for a, b in itertools.combinations(names, 2)]
+        out = tmp_path / "experiments/peers"
+        out.mkdir(parents=True)
+        experiments.write(out / "mcnemar.csv", comparison.TESTS,
+                          [dict(zip(comparison.TESTS, row, strict=True)) for row in tests])  # fmt: skip
+
+    monkeypatch.setattr(experiments, "call", call)
+    experiments.compare(runs, options)
+    assert not called  # no model is there
+    for run in runs:
+        (tmp_path / "experiments" / run.name).mkdir(parents=True)
+        (tmp_path / "experiments" / run.name / "reference.onnx").touch()
+    experiments.compare(runs, options)
+    assert sum(word.endswith("reference.onnx") for word in called[0]) == 2
+    rows = experiments.read(tmp_path / "mcnemar.csv")
+    pairs = [(row["model A"], row["model B"]) for row in rows]
+    others = [run.change for run in runs]
+    assert pairs == [*((others[0], other) for other in others[1:]),
+                     *((others[1], other) for other in others[2:])]  # fmt: skip
 
 
 def test_the_minutes_of_a_stopped_run_count(tmp_path):

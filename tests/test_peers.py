@@ -129,6 +129,8 @@ def test_its_parts_are_in_the_training_loop(
         ("official", {"head": "sharded"}, "--head is fixed in --recipe official"),
         ("straight-through", {"m1": 1.5}, "--m1 is fixed"),
         ("reference", {"resolution": 64}, "--resolution is fixed"),
+        ("reference", {"clip_norm": 1.0}, "--clip-norm is fixed"),
+        ("official", {"clip_norm": 1.0}, "--clip-norm is fixed"),
         ("reference", {"network": "mbf"}, "not mbf"),
     ],
 )

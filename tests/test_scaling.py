@@ -7,50 +7,89 @@ from benchmarks import scaling
 from config import InputError
 
 PEOPLE = np.array([375.0, 750, 1500, 3000])
+MANY = 1000  # seeds: the spread is known
 
 
 def test_a_true_power_law_is_found_again():
-    law = scaling.fit(PEOPLE, 2.0 * PEOPLE**-0.4, spread=0.0)
-    assert np.median(law.b) == pytest.approx(0.4, abs=0.01)
+    law = scaling.fit(PEOPLE, 2.0 * PEOPLE**-0.4, 0.0, MANY)
+    assert np.median(law.b) == pytest.approx(0.4, abs=0.01) and not law.c.any()
     low, middle, high = law.error(20_000.0)
     assert low < middle < high and middle == pytest.approx(2.0 * 20_000**-0.4, rel=0.05)
-    low, middle, high = law.identities(0.02)
+    low, middle, high = np.quantile(law.identities(0.02), scaling.BAND)
     assert low < middle < high and middle == pytest.approx(100**2.5, rel=0.1)
 
 
-def test_the_band_holds_the_truth_as_often_as_it_says():
+def test_a_floor_is_found_again(monkeypatch):
+    monkeypatch.setattr(scaling, "PAIRS", 10**8)  # hardly any chance
+    truth = 9.0 * PEOPLE**-0.7 + 0.05
+    law = scaling.fit(PEOPLE, truth, 0.0, MANY, scaling.FLOORS)
+    assert np.median(law.c) == pytest.approx(0.05, abs=0.003)
+    assert np.median(law.b) == pytest.approx(0.7, abs=0.05)
+    assert np.isinf(law.identities(0.02)).all() and np.isfinite(law.identities(0.06)).all()
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.03, 0.06])
+def test_the_bands_at_many_people_hold_the_truth(floor):
+    """Both together do whether there is a floor or not; without one allowed, only if there is none.
+    """
     rng = np.random.default_rng(0)
-    truth = 2.0 * PEOPLE**-0.4
-    sigma = np.sqrt(truth * (1 - truth) / scaling.PAIRS + 0.005**2)
-    inside = 0
-    for seed in range(200):
-        law = scaling.fit(PEOPLE, rng.normal(truth, sigma), 0.005, seed)
-        low, high = np.quantile(law.b, [0.025, 0.975])
-        inside += low < 0.4 < high
-    assert 180 <= inside <= 198  # 95 % of 200, less or more by chance
+    truth = 2.0 * PEOPLE**-0.4 + floor
+    sigma = np.sqrt(truth * (1 - truth) / scaling.PAIRS + 0.004**2)
+    there = 2.0 * scaling.MS_CELEB**-0.4 + floor
+    inside = plain = 0
+    for seed in range(100):
+        drawn = rng.normal(truth, sigma)
+        lows, _, highs = np.transpose([
+            scaling.fit(PEOPLE, drawn, 0.004, MANY, floors, seed).error(scaling.MS_CELEB)
+            for floors in (scaling.FLOORS[:1], scaling.FLOORS)
+        ])
+        inside += min(lows) < there < max(highs)
+        plain += lows[0] < there < highs[0]
+    assert inside >= 90
+    assert plain >= 88 if floor == 0 else plain < 60  # why a floor is allowed
 
 
 def test_more_chance_in_training_makes_it_wider():
     error = 2.0 * PEOPLE**-0.4
-    narrow, wide = (np.ptp(np.quantile(scaling.fit(PEOPLE, error, s).b, [0.025, 0.975]))
-                    for s in (0.0, 0.02))  # fmt: skip
-    assert wide > 2 * narrow
+    none, known, guessed = (
+        np.ptp(np.quantile(scaling.fit(PEOPLE, error, spread, seeds).b, [0.025, 0.975]))
+        for spread, seeds in ((0.0, MANY), (0.02, MANY), (0.02, 3))
+    )
+    assert known > 2 * none and guessed > 1.3 * known
 
 
 def test_an_error_that_does_not_fall_never_reaches_the_target():
-    law = scaling.fit(PEOPLE, np.array([0.2, 0.21, 0.2, 0.205]), 0.0)
-    assert np.isinf(law.identities(0.0057)[2]) and "inf" in scaling.said(law)
+    laws = [
+        scaling.fit(PEOPLE, np.array([0.2, 0.21, 0.2, 0.205]), 0.0, MANY, floors)
+        for floors in (scaling.FLOORS[:1], scaling.FLOORS)
+    ]
+    assert all("to never)" in line for line in scaling.said(*laws))
+
+
+def test_numbers_of_people_are_given_to_one_digit():
+    assert scaling.rounded(53_532_633) == "50,000,000"
+    assert scaling.rounded(7.2e8) == "700,000,000"
+    assert scaling.rounded(2e12) == "over a thousand million"
+    assert scaling.rounded(np.inf) == "never"
 
 
 def test_the_picture_is_drawn_from_the_rows(tmp_path, monkeypatch, capsys):
     (tmp_path / "results").mkdir()
     monkeypatch.setattr(scaling, "ROOT", tmp_path)
     monkeypatch.setattr(scaling, "OUT", tmp_path / "scaling.png")
+    table, again = (tmp_path / "results" / f"{name}.csv" for name in ("scaling", "ablations"))
     lines = [f"{n:.0f},{100 - 200 * n**-0.4:.2f}\n" for n in PEOPLE]
-    (tmp_path / "results/scaling.csv").write_text("identities,view2\n" + "".join(lines[:2]))
+    table.write_text("identities,view2\n" + "".join(lines[:2]))
     with pytest.raises(InputError, match="holds 2 runs"):
         scaling.main(scaling.Options())
-    (tmp_path / "results/scaling.csv").write_text("identities,view2\n" + "".join(lines))
+    table.write_text("identities,view2\n" + "".join(lines))
+    again.write_text("change,view2\nthe recipe,86.35\naugment strong,87.05\n")
+    with pytest.raises(InputError, match="holds 1 runs of the recipe"):
+        scaling.main(scaling.Options())
+    again.write_text("change,view2\nthe recipe,86.35\nthe recipe,86.75\n")
     scaling.main(scaling.Options())
-    assert "exponent 0.40" in capsys.readouterr().out
+    assert "no floor: exponent 0.40" in capsys.readouterr().out
     assert (tmp_path / "scaling.png").stat().st_size > 20_000
+    table.write_text("identities,view2\n" + "".join(lines) + "6000,\n")
+    with pytest.raises(InputError, match=r"scaling\.csv: no number in column view2"):
+        scaling.main(scaling.Options())

@@ -272,6 +272,7 @@ def test_the_weights_say_what_they_are(finished):
     assert 0 < float(metadata["threshold_degrees"]) < 180
     assert int(metadata["threshold_impostor_pairs"]) * float(metadata["threshold_far"]) >= 10
     assert metadata["threshold_from"] == "18 photos of 3 held-out identities"
+    assert 0 <= float(metadata["threshold_tar"]) <= 1
     assert "init" not in metadata
     model = utils.load_backbone(run)
     assert model.metadata == metadata

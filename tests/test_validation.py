@@ -48,7 +48,7 @@ def test_the_threshold_is_taken_on_all_pairs_of_held_out_people():
     first, second = np.array(every).T
     angles = protocol.theta(table[first], table[second])
     assert score.impostors == len(angles) == 78_000
-    assert score.far == 1e-3  # 78 pairs; of 1e-4 there would be 7
+    assert score.far == 1e-3  # 78 pairs
     assert score.threshold == pytest.approx(np.sort(angles)[78], abs=1e-3)
     angles = protocol.theta(table[pairs[:, 0]], table[pairs[:, 1]])
     fold = np.arange(len(pairs)) % 10
@@ -60,11 +60,13 @@ def test_of_given_pairs_only_they_count():
     angles = protocol.theta(table[pairs[:, 0]], table[pairs[:, 1]])[~same]
     assert (score.far, score.impostors) == (1e-2, 1000)
     assert score.threshold == pytest.approx(np.sort(angles)[10], abs=1e-9)
+    genuine = protocol.theta(table[pairs[:, 0]], table[pairs[:, 1]])[same]
+    assert score.tar == (genuine < score.threshold).mean() and 0 < score.tar < 1
 
 
 def test_few_pairs_give_no_threshold():
     score, *_ = scored(20, 4, labels=False)
-    assert score.threshold is score.far is None and score.accuracy > 0.5
+    assert score.threshold is score.far is score.tar is None and score.accuracy > 0.5
 
 
 def test_of_a_crowd_some_are_taken_from_all_over_it(monkeypatch):

@@ -30,7 +30,10 @@ from detect_faces import FaceDetector, central_face
 from images import read_image
 from synthetic_faces import draw_face
 
-FAR = "at which 1 in 1,000 impostor pairs is accepted; 78,000 pairs of 27 held-out people"
+FAR = (
+    "at which 1 in 1,000 impostor pairs is accepted; and 62 in 100 genuine ones; "
+    "78,000 impostor pairs of 27 held-out people"
+)
 
 
 def photo_of(path: Path, identity: int, number: int) -> Path:
@@ -53,7 +56,7 @@ def place(tmp_path_factory) -> Path:
     for name, more in (
         ("first", {"threshold_degrees": "68.1234", "threshold_far": "0.001",
                    "threshold_impostor_pairs": "78000",
-                   "threshold_from": "27 held-out people"}),
+                   "threshold_tar": "0.6150", "threshold_from": "27 held-out people"}),
         ("bare", {}),
         ("odd", {"threshold_degrees": "nan", "threshold_far": "0.001"}),
     ):  # fmt: skip
@@ -137,7 +140,7 @@ def test_json_is_one_object_and_nothing_else(place, script):
     assert found["photos"] == [str(place / "a.png"), str(place / "two.png")]
     assert found["model_sha256"] == checkpoint.sha256(place / "runs/first" / checkpoint.BEST)
     assert found["faces_found"] == [1, 2]
-    assert (found["threshold"], found["far"]) == (68.1234, 0.001)
+    assert (found["threshold"], found["far"], found["tar"]) == (68.1234, 0.001, 0.615)
     assert found["impostor_pairs"] == 78000
     assert found["same"] is (found["angle"] < 68.1234)
     assert [len(box) for box in found["boxes"]] == [4, 4]
@@ -236,7 +239,7 @@ def test_the_threshold_says_whose_pairs_it_was_taken_on(place, tmp_path, capsys)
     photos = (place / "a.png", place / "b.png")
     options = VerifyOptions(photos=photos, model=tmp_path / "tuned.safetensors", device="cpu")
     said = say(capsys, options)
-    assert "78,000 pairs of pairsDevTest.txt" in said and "held-out" not in said
+    assert "78,000 impostor pairs of pairsDevTest.txt" in said and "held-out" not in said
     assert "started from (others/r50.pth) may have seen these people" in said
     found = told(capsys, dataclasses.replace(options, json=True))
     assert found["threshold_from"] == "pairsDevTest.txt"
