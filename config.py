@@ -299,7 +299,8 @@ class EvalOptions:
     model: tuple[Path, ...] | None = option(
         None,
         "run folder, .safetensors, .onnx, or .pth of others; several are compared "
-        "(default: the run that train.py makes by default)",
+        "(default: runs/faces or runs/cpu, where trained, else the weights that ship; on the drawn "
+        "faces the demo's)",
     )
     out: Path | None = option(
         None,
@@ -332,8 +333,8 @@ class VerifyOptions:
     )
     model: Path | None = option(
         None,
-        "run folder, .safetensors, .onnx, or .pth of others (default: the run that train.py makes "
-        "by default)",
+        "run folder, .safetensors, .onnx, or .pth of others (default: runs/faces or runs/cpu, "
+        "where trained, else the weights that ship)",
     )
     threshold: float | None = option(
         None,
@@ -383,8 +384,11 @@ def default_run() -> Path:
 
 
 def default_model(*first: Path) -> Path:
-    """The first of the runs, runs/faces at last, that has been trained; or what the repo ships."""
-    runs = (*first, RUNS / "faces")
+    """The first of the runs that has been trained, runs/faces and runs/cpu at last; or the shipped.
+
+    Those are what `--data data/faces` alone and `--recipe cpu` are called.
+    """
+    runs = (*first, RUNS / "faces", RUNS / "cpu")
     return next((run for run in runs if (run / "best.safetensors").exists()), WEIGHTS)
 
 
@@ -674,6 +678,9 @@ def _suggest(word: str, parser: _Parser) -> str:
 def _out_of_range(field: dataclasses.Field, value: object) -> str | None:
     rules = field.metadata
     values = value if isinstance(value, tuple) else (value,)
+    if "choices" in rules and value is not None and value not in rules["choices"]:
+        # Read back from a run that another version began.
+        return f"{value} is unknown (one of: {' '.join(rules['choices'])})"
     if "length" in rules and len(values) != rules["length"]:
         return f"takes {rules['length']} numbers"
     for number in values:

@@ -4,8 +4,9 @@
     train, held_out = hold_out(faces, identities=200, seed=0)
     for batch in batches(make_loader(train, ...)): ...   # uint8 crops, labels, indices
 
-The order of the photos is a function of (seed, epoch) and the augmentation of one of (seed, epoch,
-index), so a run that is resumed is the same run, whatever the number of loader processes.
+The order of the photos is a function of (seed, epoch), the augmentation one of (seed, epoch,
+index) and, where it grows, of how many epochs there are: so a run that is resumed is the same run,
+whatever the number of loader processes.
 """
 
 import hashlib
@@ -364,7 +365,7 @@ class Batch(NamedTuple):
 
 
 class FaceDataset(Dataset):
-    """A sample's key is (epoch, index): all that its augmentation depends on besides the seed."""
+    """A sample's key is (epoch, index): what its augmentation depends on, besides what is fixed."""
 
     def __init__(self, faces: FaceSet, kind: str, seed: int, epochs: int):
         self.faces, self.kind, self.seed, self.epochs = faces, kind, seed, epochs

@@ -25,7 +25,7 @@ import download
 import manifest
 import training_curves
 import verify
-from checkpoint import BEST, write_atomic
+from checkpoint import BEST, sha256, write_atomic
 from images import read_image
 
 PEOPLE, GAP = 8, 4
@@ -37,7 +37,7 @@ def main(_: None) -> None:
     IMAGES.mkdir(exist_ok=True)
     drawn, demo = config.SYNTHETIC / "train", config.RUNS / "demo"
     reference = shown_by(config.RUNS / "face_embedder" / "lfw")
-    recipe = shown_by(config.RUNS / config.WEIGHTS.stem / "lfw")
+    recipe = shown_by(config.RUNS / config.WEIGHTS.stem / "lfw", config.WEIGHTS)
     photos = tuple(config.SYNTHETIC / "test" / "raw" / name for name in PAIR)
     ways = (
         ("faces.png", (drawn / manifest.NAME,), lambda path: save_faces(path, drawn)),
@@ -61,13 +61,17 @@ def main(_: None) -> None:
             print(f"{name} is left as it is: {missing} is not there, {how}")
 
 
-def shown_by(report: Path) -> Path:
-    """The plot of angles of a report of View 2, all of it, with flip; else what is not there."""
+def shown_by(report: Path, weights: Path | None = None) -> Path:
+    """The plot of angles of a report of View 2, all of it, with flip; else what is not there.
+
+    Of these weights, where they are named: others may have had the same name.
+    """
     try:
         result = json.loads((report / "eval.json").read_text())
         options = json.loads((report / "run.json").read_text())["options"]
         whole = result["data"]["pairs_sha256"] == download.LFW_PAIRS[0].sha256
-        if whole and options["flip"] == "True":
+        theirs = weights is None or result["model"]["sha256"] == sha256(weights)
+        if whole and theirs and options["flip"] == "True":
             return report / "theta_dist.png"
     except (OSError, ValueError, KeyError, TypeError):
         pass

@@ -112,7 +112,8 @@ def runs_table(rows: list[dict[str, str]]) -> str:
     lines = [
         [row["change"], row["seed"],
          f"{int(row['photos']):,} photos of {int(row['identities']):,} people",
-         f"{int(row['photos_seen']):,}", row["minutes"], f"{row['validation']} %",
+         f"{int(row['photos_seen']):,}", row["minutes"],
+         f"{row['validation']} %" if row["validation"] else "",
          f"{row['view1']} %", f"{row['view2']} % ± {row['view2_std']}"]
         for row in rows
     ]  # fmt: skip
@@ -127,12 +128,14 @@ def ablations_table(rows: list[dict[str, str]]) -> str:
         runs = [row for row in rows if row["change"] == change]
         minutes = statistics.mean(float(row["minutes"]) for row in runs)
         lines.append([change, str(len(runs)), f"{minutes:.0f}", *(
-            spread([float(row[name]) for row in runs]) for name in FIGURES
+            spread([float(row[name]) for row in runs if row[name]]) for name in FIGURES
         )])  # fmt: skip
     return markdown(head, lines) + how(rows)
 
 
 def spread(values: list[float]) -> str:
+    if not values:
+        return ""
     mean = f"{statistics.mean(values):.2f} %"
     return mean + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
 

@@ -33,6 +33,7 @@ if __name__ == "__main__":
     # Before torch is imported, so that --help and a wrong option answer at once.
     OPTIONS = config.parse(config.TrainOptions, __doc__)
 
+import json
 import math
 import shlex
 import sys
@@ -388,7 +389,7 @@ def write_config(
         return
     what_ran = {
         "options": config.plain(options),
-        "commit": utils.commit(),
+        "commit": commits(run),
         "torch": torch.__version__,
         "hardware": utils.hardware(device),
         "ranks": distributed.ranks(),
@@ -400,6 +401,15 @@ def write_config(
     for key, value in sorted(config.plain(options).items()):
         print(f"  {key:15} {value}")
     print(f"  commit {what_ran['commit']}, torch {torch.__version__}, run {run}")
+
+
+def commits(run: Path) -> str:
+    """This one, after those that trained the run so far."""
+    try:
+        earlier = str(json.loads((run / "config.json").read_text())["commit"]).split(", ")
+    except (OSError, ValueError, KeyError, TypeError):
+        earlier = []
+    return ", ".join(dict.fromkeys([*earlier, utils.commit()]))
 
 
 def options_table(options: TrainOptions) -> str:

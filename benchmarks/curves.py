@@ -43,17 +43,18 @@ def figure(groups: dict[str, list[Run]]) -> Figure:
     for place, (what, runs) in enumerate(groups.items()):
         axes = drawn.add_subplot(rows, min(2, len(groups)), place + 1)
         plots.dress(axes)
-        changes = list(dict.fromkeys(run.change for run in runs))
+        changes, said = list(dict.fromkeys(run.change for run in runs)), set()
         for run in runs:
             curve, number = read(run.curves), changes.index(run.change)
             axes.plot(
                 [int(row["photos_seen"]) for row in curve],
                 [float(row["validation"]) for row in curve],
                 color=plots.PAPER[plots.CURVES[number % len(plots.CURVES)]],
-                linestyle=plots.DASHES[number // len(plots.CURVES)],
+                linestyle=plots.DASHES[number // len(plots.CURVES) % len(plots.DASHES)],
                 linewidth=1.1,
-                label=run.change if run.seed == 0 else None,
+                label=run.change if run.change not in said else None,
             )
+            said.add(run.change)
         axes.set_title(what, loc="left", fontsize=10)
         axes.set_xlabel("photos seen")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1000:,.0f} k"))

@@ -3,11 +3,11 @@
     python benchmarks/experiments.py --what scaling      # the runs: hours
     python benchmarks/scaling.py                         # -> images/scaling.png, and what it says
 
-LFW's error is fitted as a * identities^-b + c, each point weighed by its own uncertainty: chance in
-6,000 pairs (binomial), and chance in training (the spread over seeds of "the recipe" in
-results/ablations.csv, itself uncertain for few seeds). It is fitted without a floor (c = 0: the best
-that can be hoped for) and with any floor from 0 up; the bands come from fits to points drawn anew,
-and both together hold the truth whether there is a floor or not (tests/test_scaling.py).
+LFW's error is fitted as a * identities^-b + c, each point weighed by its own uncertainty: chance
+in 6,000 pairs (binomial), and chance in training (the spread over seeds of "the recipe" in
+results/ablations.csv, itself uncertain for few seeds). It is fitted without a floor (c = 0: the
+best that can be hoped for) and with any floor from 0 up; the bands come from fits to points drawn
+anew, and both together hold the truth whether there is a floor or not (tests/test_scaling.py).
 
 What no band holds: which people were drawn, that the same pairs measure all points, and all that is
 kept as it is: the network, the photos seen (more people, fewer passes), the photos a person.

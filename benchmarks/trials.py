@@ -140,7 +140,7 @@ class Balanced(data_gen.RunSampler):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         weight = np.bincount(self.labels)[self.labels] ** -0.5  # (N,) of a photo
         ends = np.cumsum(weight / weight.sum())
-        for epoch in range(self.steps // self.steps_per_epoch):
+        for epoch in range(self.epochs):
             rng = np.random.default_rng((self.seed, epoch))
             # One draw in each of N equal parts of (0, 1): every epoch has its share of each.
             places = (np.arange(self.photos) + rng.random(self.photos)) / self.photos
@@ -151,9 +151,7 @@ class Balanced(data_gen.RunSampler):
 
 
 def balanced_loader(faces: data_gen.FaceSet, sampler: data_gen.RunSampler, *rest):
-    drawn = Balanced(
-        len(faces), sampler.batch_size, sampler.steps // sampler.steps_per_epoch, sampler.seed
-    )
+    drawn = Balanced(len(faces), sampler.batch_size, sampler.epochs, sampler.seed)
     drawn.labels = faces.labels
     return MAKE_LOADER(faces, drawn, *rest)
 

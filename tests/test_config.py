@@ -203,6 +203,9 @@ def test_resume_takes_the_options_of_the_run(tmp_path, capsys):
     assert options.epochs == 7 and options.data == Path("x").resolve()
     assert options.resume and options.runs == tmp_path and options.recipe is None
     assert parse(TrainOptions, "", [*words, "--lr", "0.5"]).lr == 0.5  # train.py refuses it then
+    gone = {"options": {**config.plain(started), "augment": "heavy"}}
+    (tmp_path / "r/config.json").write_text(json.dumps(gone))
+    assert "--augment heavy is unknown (one of: none" in refused(capsys, TrainOptions, *words)
     (tmp_path / "r/config.json").write_text("{")
     assert "config.json is lost or damaged" in refused(capsys, TrainOptions, *words)
     for key, value in (("batch_size", "x"), ("milestones", 5), ("data", 5), ("bogus", 1)):

@@ -178,7 +178,9 @@ def test_ours_is_compared_with_each_of_the_others(options, tmp_path, monkeypatch
     def call(words):
         called.append(words)
         names = [str(number) for number in range(len(runs))]
-        tests = [[a, b, "1", "2", "exact", "0.5", "0.9"] for a, b in itertools.combinations(names, 2)]
+        tests = [
+            [a, b, "1", "2", "exact", "0.5", "0.9"] for a, b in itertools.combinations(names, 2)
+        ]
         out = tmp_path / "experiments/peers"
         out.mkdir(parents=True)
         experiments.write(out / "mcnemar.csv", comparison.TESTS,

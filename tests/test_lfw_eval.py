@@ -360,6 +360,9 @@ def test_the_default_model_is_the_own_one_or_the_one_that_ships(tmp_path, monkey
     assert model(data=lfw) == (config.WEIGHTS,)  # drawn faces say nothing about photos
     (runs / "faces").mkdir()
     assert model(data=lfw) == (config.WEIGHTS,)  # not trained yet
+    (runs / "cpu").mkdir()
+    (runs / "cpu" / checkpoint.BEST).touch()
+    assert model(data=lfw) == (runs / "cpu",)
     (runs / "faces" / checkpoint.BEST).touch()
     assert model(data=lfw) == (runs / "faces",)
 

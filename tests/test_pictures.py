@@ -71,8 +71,10 @@ def test_on_a_fresh_clone_each_picture_stays_and_what_to_do_is_said(clone, capsy
 @pytest.mark.parametrize(
     ("name", "model"), [("theta_lfw.png", "face_embedder"), ("theta_recipe.png", "recipe-cpu")]
 )
-def test_after_the_demo_they_are_made(clone, capsys, name, model):
+def test_after_the_demo_they_are_made(clone, capsys, monkeypatch, name, model):
     demo(clone)
+    monkeypatch.setattr(config, "WEIGHTS", clone / "recipe-cpu.safetensors")
+    config.WEIGHTS.write_text("weights")
     pictures.main(None)
     for drawn in ALL[:3]:
         with Image.open(clone / "images" / drawn) as image:
@@ -82,10 +84,17 @@ def test_after_the_demo_they_are_made(clone, capsys, name, model):
     report.mkdir(parents=True)
     (report / "theta_dist.png").write_text("new")
     view_2 = {"data": {"pairs_sha256": download.LFW_PAIRS[0].sha256}}
+    view_2["model"] = {"sha256": checkpoint.sha256(config.WEIGHTS)}
     (report / "run.json").write_text('{"options": {"flip": "False"}}')
     (report / "eval.json").write_text(json.dumps(view_2))
     pictures.main(None)
     assert f"{name} is left as it is" in capsys.readouterr().out
+    if model == "recipe-cpu":  # a report of others of that name
+        (report / "run.json").write_text('{"options": {"flip": "True"}}')
+        (report / "eval.json").write_text(json.dumps({**view_2, "model": {"sha256": "0"}}))
+        pictures.main(None)
+        assert f"{name} is left as it is" in capsys.readouterr().out
+        (report / "eval.json").write_text(json.dumps(view_2))
     (report / "run.json").write_text('{"options": {"flip": "True"}}')
     (clone / "synthetic/test/raw" / pictures.PAIR[1]).unlink()
     before = contents(clone)

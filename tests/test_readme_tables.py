@@ -101,5 +101,8 @@ def test_runs_and_their_tests_are_shown_one_a_row():
         in (table[2])
     )
     assert table[3].startswith("| official | 1 |")
+    without = [a_run(validation="")]
+    assert "| 14.6 |  | 89.00 %" in readme_tables.runs_table(without)
+    assert "| 15 |  | 89.00 %" in readme_tables.ablations_table(without)
     found = readme_tables.mcnemar_table([{"model A": "ours", "model B": "official", "p": "1e-9"}])
     assert found.splitlines()[2] == "| ours | official | 1e-9 |"

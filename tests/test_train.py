@@ -156,6 +156,7 @@ def test_a_run_from_before_an_option_goes_on(options, monkeypatch):
     run = options.runs / "r"
     content = json.loads((run / "config.json").read_text())
     del content["options"]["resolution"]
+    content["commit"] = "abc1234"
     (run / "config.json").write_text(json.dumps(content))
     state = torch.load(run / "previous.pt", weights_only=True)  # of step 8 of 10
     del state["options"]["resolution"]
@@ -164,6 +165,8 @@ def test_a_run_from_before_an_option_goes_on(options, monkeypatch):
         train.main(dataclasses.replace(options, resolution=48, resume=True))
     assert train.main(dataclasses.replace(options, resume=True)) == 0
     assert (run / "result.json").exists()
+    told = json.loads((run / "config.json").read_text())
+    assert told["commit"] == f"abc1234, {utils.commit()}"  # both have trained it
 
 
 def test_a_run_keeps_the_precision_that_it_began_with(finished):
