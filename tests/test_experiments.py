@@ -179,12 +179,12 @@ def test_ours_is_compared_with_each_of_the_others(options, tmp_path, monkeypatch
         called.append(words)
         names = [str(number) for number in range(len(runs))]
         tests = [
-            [a, b, "1", "2", "exact", "0.5", "0.9"] for a, b in itertools.combinations(names, 2)
+            dict(zip(comparison.TESTS, (*two, "1", "2", "exact", "0.5", "0.9"), strict=True))
+            for two in itertools.combinations(names, 2)
         ]
         out = tmp_path / "experiments/peers"
         out.mkdir(parents=True)
-        experiments.write(out / "mcnemar.csv", comparison.TESTS,
-                          [dict(zip(comparison.TESTS, row, strict=True)) for row in tests])  # fmt: skip
+        experiments.write(out / "mcnemar.csv", comparison.TESTS, tests)
 
     monkeypatch.setattr(experiments, "call", call)
     experiments.compare(runs, options)

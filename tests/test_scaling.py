@@ -30,7 +30,7 @@ def test_a_floor_is_found_again(monkeypatch):
 
 @pytest.mark.parametrize("floor", [0.0, 0.03, 0.06])
 def test_the_bands_at_many_people_hold_the_truth(floor):
-    """Both together do whether there is a floor or not; without one allowed, only if there is none."""
+    """Both together, whether there is a floor or not; that without one, only if there is none."""
     rng = np.random.default_rng(0)
     truth = 2.0 * PEOPLE**-0.4 + floor
     sigma = np.sqrt(truth * (1 - truth) / scaling.PAIRS + 0.004**2)
