@@ -35,6 +35,8 @@ weights: .venv/installed
 	@test -n "$(PHOTOS)" || { echo "error: make weights PHOTOS=path/to/train-faces.zip" >&2; exit 2; }
 	$(BIN)/python pre_process.py --src "$(PHOTOS)" --out data/faces
 	$(BIN)/python train.py --data data/faces --recipe cpu $(if $(wildcard runs/cpu/last.pt),--resume)
+	@if [ -f data/lfw/pairs.txt ]; then $(BIN)/python lfw_eval.py --data data/lfw --model runs/cpu; \
+	  else echo "no data/lfw/pairs.txt: no figure of LFW is taken (README, On real photos)"; fi
 	$(BIN)/python export_onnx.py --model runs/cpu --half --name recipe-cpu
 
 clean-demo:

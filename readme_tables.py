@@ -142,12 +142,12 @@ def spread(values: list[float]) -> str:
 
 def trials_table(rows: list[dict[str, str]]) -> str:
     """One row a trial; accuracy and area under the ROC of both sets of pairs, in percent."""
-    head = ["trial", "network", "passes", "minutes", "held-out people", "LFW View 1",
-            "View 1, averaged weights"]  # fmt: skip
+    head = ["trial", "network", "passes", "minutes", "held-out people", "averaged weights",
+            "LFW View 1", "averaged weights"]  # fmt: skip
     lines = [
         [row["change"], row["network"], row["passes"], row["minutes"],
          *(accuracy_and_area(row[name], row[f"{name}_auc"])
-           for name in ("held", "v1", "averaged_v1"))]
+           for name in ("held", "averaged_held", "v1", "averaged_v1"))]
         for row in rows
     ]  # fmt: skip
     return markdown(head, lines)
