@@ -165,7 +165,8 @@ def mcnemar_table(rows: list[dict[str, str]]) -> str:
 
 def how(rows: list[dict[str, str]]) -> str:
     """When, on what and from which code; each run's own command stands in the CSV."""
-    said = {key: sorted({row[key] for row in rows}) for key in ("date", "hardware", "commit")}
+    said = {key: sorted({row[key] for row in rows}) for key in ("date", "hardware")}
+    said["commit"] = sorted({one for row in rows for one in row["commit"].split(", ")})
     days = said["date"][0] + (f" to {said['date'][-1]}" if len(said["date"]) > 1 else "")
     commits = f"commit{'s' * (len(said['commit']) > 1)} {', '.join(said['commit'])}"
     return f"\n{days}, {'; '.join(said['hardware'])}, {commits}.\n"

@@ -65,8 +65,8 @@ def main(options: VerifyOptions) -> None:
         )
         threshold = thresholds.pick(options.threshold, network, file)
         about = {"model": str(model), "model_sha256": digest}
-        facts = threshold or (None, None, None, None, None, None)
         names = ("threshold", "far", "impostor_pairs", "threshold_from", "started_from", "tar")
+        facts = threshold or (None,) * len(names)
         about |= zip(names, (None if fact == "" else fact for fact in facts), strict=True)
         reader = FaceReader(network, options.min_face_size, device)
         photos = look(options.photos, reader, options.max_pixels, options.all)

@@ -43,7 +43,8 @@ def figure(groups: dict[str, list[Run]]) -> Figure:
     for place, (what, runs) in enumerate(groups.items()):
         axes = drawn.add_subplot(rows, min(2, len(groups)), place + 1)
         plots.dress(axes)
-        changes, said = list(dict.fromkeys(run.change for run in runs)), set()
+        first = {run.change: run for run in reversed(runs)}  # the one that the legend shows
+        changes = list(dict.fromkeys(run.change for run in runs))
         for run in runs:
             curve, number = read(run.curves), changes.index(run.change)
             axes.plot(
@@ -52,9 +53,8 @@ def figure(groups: dict[str, list[Run]]) -> Figure:
                 color=plots.PAPER[plots.CURVES[number % len(plots.CURVES)]],
                 linestyle=plots.DASHES[number // len(plots.CURVES) % len(plots.DASHES)],
                 linewidth=1.1,
-                label=run.change if run.change not in said else None,
+                label=run.change if run is first[run.change] else None,
             )
-            said.add(run.change)
         axes.set_title(what, loc="left", fontsize=10)
         axes.set_xlabel("photos seen")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1000:,.0f} k"))

@@ -132,13 +132,13 @@ def main(options: Options) -> None:
         for group in GROUPS
         for row in read(RESULTS / f"{group}.csv")
     }
+    left = [run for run in runs if (run.group, run.change, str(run.seed)) not in done]
     for run in runs:
-        finished = (run.group, run.change, str(run.seed)) in done
-        print(f"{'done' if finished else 'to do':6} {run.name}", flush=True)
-        if not finished and not options.list:
+        print(f"{'to do' if run in left else 'done':6} {run.name}", flush=True)
+        if run in left and not options.list:
             perform(run, options)
     compared = [run for run in runs if run.group == "peers"]
-    new = any((run.group, run.change, str(run.seed)) not in done for run in compared)
+    new = any(run in left for run in compared)
     if compared and not options.list and (new or not (RESULTS / "mcnemar.csv").exists()):
         compare(compared, options)
 

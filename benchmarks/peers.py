@@ -66,7 +66,11 @@ PEERS: dict[str, dict[str, object]] = {
 CLIP = 5.0  # the reference system: each entry of the gradient; arcface_torch: the backbone's norm
 # Options that the replaced parts do not heed.
 FIXED = ("head", "sample_rate", "margin", "m1", "m3", "easy_margin", "init")
-FIXED_REFERENCE = ("resolution", "checkpointing")
+FIXED_BY = {
+    "straight-through": FIXED,
+    "official": (*FIXED, "clip_norm"),
+    "reference": (*FIXED, "clip_norm", "resolution", "checkpointing"),
+}
 
 
 def main(options: TrainOptions) -> int:
@@ -103,9 +107,7 @@ def parts(recipe: str) -> list[tuple[ModuleType, str, object]]:
 def check(options: TrainOptions) -> None:
     """Raises InputError: an option that would go unheeded, or a run of another recipe."""
     usual = replace(TrainOptions(), **PEERS[options.recipe])
-    fixed = FIXED + FIXED_REFERENCE * (options.recipe == "reference")
-    fixed += ("clip_norm",) * (options.recipe != "straight-through")  # the peers clip at CLIP
-    for name in fixed:
+    for name in FIXED_BY[options.recipe]:
         if getattr(options, name) != getattr(usual, name):
             raise InputError(f"--{name.replace('_', '-')} is fixed in --recipe {options.recipe}")
     if options.recipe == "reference":

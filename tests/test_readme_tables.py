@@ -86,7 +86,7 @@ def test_ablations_are_means_over_seeds_with_their_spread():
     rows = [
         a_run(view2="88.00"),
         a_run(change="no flip", view2="80.00", date="2026-11-29", commit="abd"),
-        a_run(seed="1", view2="90.00"),
+        a_run(seed="1", view2="90.00", commit="abc, abd"),  # stopped, and gone on with
     ]
     table = readme_tables.ablations_table(rows).splitlines()
     assert table[2].split(" | ")[-1] == "89.00 % ± 1.41 |" and "| 2 | 15 |" in table[2]
