@@ -403,7 +403,7 @@ RECIPES: dict[str, dict[str, object]] = {
     },
     # 17 thousand photos of 3 thousand people on 2 cores, about 100 minutes; see README for how.
     "cpu": {
-        "network": "se-r18", "width": 0.5, "resolution": 64, "embedding_size": 256, "dropout": 0.2,
+        "network": "r18", "width": 0.5, "resolution": 64, "embedding_size": 256, "dropout": 0.2,
         "epochs": 60, "augment": "growing", "compile": True,
     },
     # The same set on one small GPU, SE-LResNet50E-IR at full size. It has not been run yet.

@@ -104,6 +104,7 @@ def planned(what: str) -> Iterator[Run]:
     if what in ("final", "all"):
         for seed in (0, 1):
             yield Run("final", "the recipe", seed, OURS)
+        yield Run("final", "with squeeze-and-excitation", 0, (*OURS, "--network", "se-r18"))
     if what in ("ablations", "all"):
         for seed, (change, words) in itertools.product((0, 1, 2), CHANGES.items()):
             script = words if words[:1] == THEIRS[:1] else (*OURS, *words)
