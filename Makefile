@@ -34,9 +34,10 @@ readme: .venv/installed
 weights: .venv/installed
 	@test -n "$(PHOTOS)" || { echo "error: make weights PHOTOS=path/to/train-faces.zip" >&2; exit 2; }
 	$(BIN)/python pre_process.py --src "$(PHOTOS)" --out data/faces
-	$(BIN)/python train.py --data data/faces --recipe cpu $(if $(wildcard runs/cpu/last.pt),--resume)
-	@if [ -f data/lfw/pairs.txt ]; then $(BIN)/python lfw_eval.py --data data/lfw --model runs/cpu; \
-	  else echo "no data/lfw/pairs.txt: no figure of LFW is taken (README, On real photos)"; fi
+	$(BIN)/python train.py --data data/faces --recipe cpu $(if $(wildcard runs/cpu/last.pt runs/cpu/previous.pt),--resume)
+	@if [ -f data/lfw/pairs.txt ] && [ -f data/lfw/manifest.csv ]; then $(BIN)/python lfw_eval.py --data data/lfw --model runs/cpu; \
+	  else echo "LFW or its pairs.txt is not in data/lfw: no figure is taken (README, On real photos)"; fi
+	@cd runs/cpu && if [ -f export/recipe-cpu.md ]; then mv export/recipe-cpu.md export/earlier-card.md; fi
 	$(BIN)/python export_onnx.py --model runs/cpu --half --name recipe-cpu
 
 clean-demo:

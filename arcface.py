@@ -44,9 +44,9 @@ class ArcMarginHead(nn.Module):
             is no nearer to its centre than by chance. It steps up at 90 degrees, as published.
 
     Past theta = (pi - m2) / m1, where cos(m1 * theta + m2) would rise again, phi goes on as
-    cos(theta) - c - m3. For m1 = 1, c = m2 * sin(m2), as in the official trainer; in general, with
-    d = pi - (pi - m2) / m1, c = max(d * sin(d), 1 - cos(d)): so phi never rises with theta (the
-    second term only counts from d = 2.33 on, where the first would make phi jump up).
+    cos(theta) - c - m3. For m1 = 1, c = m2 * sin(m2), as the official trainer once had it; in
+    general, with d = pi - (pi - m2) / m1, c = max(d * sin(d), 1 - cos(d)): so phi never rises with
+    theta (the second term only counts from d = 2.33 on, where the first would make phi jump up).
 
     Raises:
         ValueError: a margin outside the ranges above.

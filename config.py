@@ -207,7 +207,9 @@ class TrainOptions:
     lr_batch: int = option(
         64, "the batch that --lr is meant for: it is scaled by batch size / this; 0 = no", low=0
     )
-    schedule: str = option("cosine", "of the learning rate", choices=("cosine", "step", "poly"))
+    schedule: str = option(
+        "cosine", "of the learning rate", choices=("cosine", "step", "poly", "linear")
+    )
     milestones: tuple[float, ...] = option(
         (0.625, 0.875),
         "step schedule: shares of the run at which lr is divided by 10",
@@ -384,12 +386,12 @@ def default_run() -> Path:
 
 
 def default_model(*first: Path) -> Path:
-    """The first of the runs that has been trained, runs/faces and runs/cpu at last; or the shipped.
+    """The first of the runs that is finished, runs/faces and runs/cpu at last; or the shipped.
 
     Those are what `--data data/faces` alone and `--recipe cpu` are called.
     """
     runs = (*first, RUNS / "faces", RUNS / "cpu")
-    return next((run for run in runs if (run / "best.safetensors").exists()), WEIGHTS)
+    return next((run for run in runs if (run / "result.json").exists()), WEIGHTS)
 
 
 # --------------------------------------------------------------------------------------------------

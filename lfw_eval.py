@@ -3,7 +3,7 @@
 On what `make demo` prepared and trained (no argument needed):
     python lfw_eval.py
 
-On LFW, with the weights that ship with the repo, and with a run of train.py:
+On LFW, with the first of runs/faces, runs/cpu and the weights that ship, and with a run:
     python pre_process.py --src path/to/lfw-deepfunneled.tgz --out data/lfw --keep-undetected
     python lfw_eval.py --data data/lfw --pairs path/to/pairs.txt
     python lfw_eval.py --data data/lfw --pairs path/to/pairs.txt --model runs/first

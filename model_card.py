@@ -112,10 +112,8 @@ def training(metadata: dict[str, str], trained: dict, result: dict) -> list[str]
         f"hardware: {cell(trained.get('hardware', UNKNOWN))}; precision: "
         f"{cell(trained.get('precision', UNKNOWN))}; torch {cell(trained.get('torch', UNKNOWN))}"
     )
-    lines.append(
-        f"- code: commit {cell(metadata.get('commit', UNKNOWN))}; exported at "
-        f"{cell(metadata['export_commit'])}"
-    )
+    commit = trained.get("commit") or metadata.get("commit", UNKNOWN)  # all of a stopped run's
+    lines.append(f"- code: commit {cell(commit)}; exported at {cell(metadata['export_commit'])}")
     return lines
 
 
@@ -153,7 +151,7 @@ def validation(metadata: dict[str, str]) -> list[str]:
     if "init" in metadata:
         pairs += " (people whom the weights it started from may have seen)"
     tar = number(metadata.get("threshold_tar"))
-    genuine = "" if tar is None else f", and {100 * tar:.1f} % of the genuine pairs"
+    genuine = "" if tar is None else f", and {100 * tar:.1f} % of the genuine pairs there"
     return [
         *lines,
         f"- threshold: {degrees:.2f} degrees, below which two photos are taken for one person. It "

@@ -21,6 +21,7 @@ from plots import PAPER
 KINDS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
 SIDE, GAP, LINE = 480, 16, 22  # pixels: largest side of a photo, space between, a line of text
 WIDTH = 2 * SIDE + 3 * GAP
+TEXT = 44  # from the top of the crops to the middle of the first small line
 
 
 class Shown(NamedTuple):
@@ -70,7 +71,8 @@ def draw(left: Shown, right: Shown, large: str, lines: list[str]) -> Image.Image
     high = max(photo.height for photo in photos)
     crop = left.crop.shape[0]
     top = GAP + high + LINE + GAP  # of the crops
-    canvas = Image.new("RGB", (WIDTH, top + crop + GAP), "white")
+    written = TEXT + LINE * (len(lines) - 1) + LINE // 2
+    canvas = Image.new("RGB", (WIDTH, top + max(crop, written) + GAP), "white")
     pen = ImageDraw.Draw(canvas)
     for place, (shown, photo) in enumerate(zip((left, right), photos, strict=True)):
         x = GAP + place * (SIDE + GAP)
@@ -81,7 +83,7 @@ def draw(left: Shown, right: Shown, large: str, lines: list[str]) -> Image.Image
     room = WIDTH - 2 * crop - 4 * GAP
     pen.text((WIDTH // 2, top + 12), large, PAPER["ink"], _font(28), anchor="mm")
     for number, line in enumerate(lines):
-        place = WIDTH // 2, top + 44 + LINE * number
+        place = WIDTH // 2, top + TEXT + LINE * number
         pen.text(place, _fitted(line, 14, room), PAPER["ink"], _font(14), anchor="mm")
     return canvas
 

@@ -121,23 +121,41 @@ def runs_table(rows: list[dict[str, str]]) -> str:
 
 
 def ablations_table(rows: list[dict[str, str]]) -> str:
-    """One row a change: mean and standard deviation over its seeds."""
-    head = ["change", "seeds", "minutes", *FIGURES.values()]
-    lines = []
+    """One row a change: mean and standard deviation over its seeds, and of what it changes.
+
+    A seed is another choice of people who are held out, so that a change is measured seed by seed,
+    against the first row of the table.
+    """
+    head = ["change", "seeds", "minutes", "photos seen"]
+    for name in FIGURES.values():
+        head += [name, "changed by"]
+    first, lines = rows[0]["change"], []
+    usual = {row["seed"]: row for row in rows if row["change"] == first}
     for change in dict.fromkeys(row["change"] for row in rows):
         runs = [row for row in rows if row["change"] == change]
-        minutes = statistics.mean(float(row["minutes"]) for row in runs)
-        lines.append([change, str(len(runs)), f"{minutes:.0f}", *(
-            spread([float(row[name]) for row in runs if row[name]]) for name in FIGURES
-        )])  # fmt: skip
+        line = [change, str(len(runs)), f"{mean_of(runs, 'minutes'):.0f}",
+                f"{mean_of(runs, 'photos_seen') / 1000:,.0f} k"]  # fmt: skip
+        both = [(row, usual[row["seed"]]) for row in runs if row["seed"] in usual]
+        for name in FIGURES:
+            if not all(row[name] for row in (*runs, *usual.values())):
+                line += ["", ""]
+                continue
+            gains = [float(row[name]) - float(other[name]) for row, other in both]
+            line += [spread([float(row[name]) for row in runs], "{:.2f} %"),
+                     "" if change == first else spread(gains, "{:+.2f}")]  # fmt: skip
+        lines.append(line)
     return markdown(head, lines) + how(rows)
 
 
-def spread(values: list[float]) -> str:
+def mean_of(rows: list[dict[str, str]], name: str) -> float:
+    return statistics.mean(float(row[name]) for row in rows)
+
+
+def spread(values: list[float], form: str) -> str:
     if not values:
         return ""
-    mean = f"{statistics.mean(values):.2f} %"
-    return mean + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return form.format(statistics.mean(values)) + deviation
 
 
 def trials_table(rows: list[dict[str, str]]) -> str:

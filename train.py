@@ -405,10 +405,12 @@ def write_config(
 
 def commits(run: Path) -> str:
     """This one, after those that trained the run so far."""
+    earlier = []
     try:
-        earlier = str(json.loads((run / "config.json").read_text())["commit"]).split(", ")
+        if checkpoint.exists(run):  # else what is there trained nothing
+            earlier = str(json.loads((run / "config.json").read_text())["commit"]).split(", ")
     except (OSError, ValueError, KeyError, TypeError):
-        earlier = []
+        pass
     return ", ".join(dict.fromkeys([*earlier, utils.commit()]))
 
 

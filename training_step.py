@@ -131,8 +131,8 @@ def learning_rate(step: int, steps: int, options: TrainOptions) -> float:
     done = (step - warmup) / max(1, steps - warmup)  # 0 .. 1
     if options.schedule == "step":
         return peak * 0.1 ** sum(step / steps >= milestone for milestone in options.milestones)
-    if options.schedule == "poly":  # power 2, as the official trainer
-        return peak * (1 - done) ** 2
+    if options.schedule in ("poly", "linear"):  # the official trainer's of once, and of now
+        return peak * (1 - done) ** (2 if options.schedule == "poly" else 1)
     return peak * 0.5 * (1 + math.cos(math.pi * done))
 
 

@@ -1,6 +1,6 @@
 """Compare two photos, or find a face in a folder of people.
 
-    python verify.py a.jpg b.jpg                           # with runs/faces, or the weights in here
+    python verify.py a.jpg b.jpg                           # runs/faces, runs/cpu, or what ships
     python verify.py a.jpg b.jpg --model runs/first --save pair.png
     python verify.py a.jpg b.jpg --all                     # every face of a against every one of b
     python verify.py photo.jpg --gallery people/ --top 3   # people/<name>/*.jpg

@@ -7,7 +7,8 @@
 
 Takes hours. It may be stopped at any moment: the run under way goes on from its last checkpoint
 when the command is repeated. data/lfw must hold LFW's pairs.txt (View 2) and pairsDevTest.txt
-(View 1); nothing is chosen by View 2, each model is scored on it once, at its end.
+(View 1). Nothing is chosen by View 2: each model is scored on it at its end, and those that are
+compared pair by pair once more.
 
 Each run is one command of train.py or benchmarks/peers.py in runs/experiments/<name>, then two of
 lfw_eval.py. Its row goes into results/<group>.csv, its curves into results/curves/<name>.csv, and
@@ -22,7 +23,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -37,6 +38,7 @@ import comparison
 import config
 import data_gen
 import manifest
+import significance
 import train
 import training_curves
 from benchmarks import peers
@@ -44,8 +46,9 @@ from config import ROOT, RUNS, InputError, option
 
 RESULTS = ROOT / "results"
 HEAD = ("change", "seed", "identities", "photos", "photos_seen", "minutes", "validation", "view1",
-        "view2", "view2_std", "hardware", "date", "commit", "command")  # fmt: skip
-SHORT = 10  # epochs of an ablation: about 15 minutes
+        "view2", "view2_std", "hardware", "date", "commit", "command", "options")  # fmt: skip
+SHORT = 10  # epochs of an ablation: about 17 minutes
+HELD_OUT = 39  # people, of each part of the identities alike: a tenth of the smallest
 VIEW_1, VIEW_2 = "pairsDevTest.txt", "pairs.txt"
 GROUPS = ("final", "ablations", "peers", "scaling")
 
@@ -115,9 +118,8 @@ def planned(what: str) -> Iterator[Run]:
             yield Run("peers", change, 0, (*words, "--epochs", str(SHORT)))
     if what in ("scaling", "all"):
         for part in (8, 4, 2, 1):
-            yield Run(
-                "scaling", f"1 of {part}", 0, (*OURS, "--epochs", str(2 * SHORT * part)), part
-            )
+            length = ("--epochs", str(2 * SHORT * part), "--val-identities", str(HELD_OUT))
+            yield Run("scaling", f"1 of {part}", 0, (*OURS, *length), part)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -128,20 +130,47 @@ def main(options: Options) -> None:
     if not options.list:
         check_sets(options)
     runs = list(planned(options.what))
-    done = {
-        (group, row["change"], row["seed"])
-        for group in GROUPS
-        for row in read(RESULTS / f"{group}.csv")
-    }
-    left = [run for run in runs if (run.group, run.change, str(run.seed)) not in done]
+    left = [run for run in runs if not is_done(run)]
     for run in runs:
         print(f"{'to do' if run in left else 'done':6} {run.name}", flush=True)
         if run in left and not options.list:
             perform(run, options)
     compared = [run for run in runs if run.group == "peers"]
-    new = any(run in left for run in compared)
-    if compared and not options.list and (new or not (RESULTS / "mcnemar.csv").exists()):
+    if compared and not options.list and not (RESULTS / "mcnemar.csv").exists():
         compare(compared, options)
+
+
+def is_done(run: Run) -> bool:
+    """Raises InputError: its row is of other options, such as an older recipe's."""
+    for row in read(RESULTS / f"{run.group}.csv"):
+        if (row["change"], row["seed"]) == (run.change, str(run.seed)):
+            wanted = settings(run)
+            if row["options"] != wanted:
+                other = sorted(set(row["options"].split()) ^ set(wanted.split()))
+                raise InputError(
+                    f"results/{run.group}.csv: {run.change}, seed {run.seed}, is of other options "
+                    f"({' '.join(other)}): call it something else, or take the row out"
+                )
+            return True
+    return False
+
+
+def settings(run: Run) -> str:
+    """All options that shape the run and are not the default: key=value in their order."""
+    usual, chosen = config.plain(config.TrainOptions()), config.plain(parsed(run.words[1:]))
+    told = {*train.FREE, "data", "seed", "recipe"}  # or have a column of their own
+    return " ".join(
+        f"{key}={','.join(map(str, value)) if isinstance(value, list) else value}"
+        for key, value in sorted(chosen.items())
+        if key not in told and value != usual[key]
+    )
+
+
+def parsed(words: Sequence[str]) -> config.TrainOptions:
+    """The options of a command, as train.py or peers.py takes it in the repo's folder."""
+    with mock.patch.object(config, "RECIPES", {**config.RECIPES, **peers.PEERS}):
+        options = config.parse(config.TrainOptions, "", list(words))
+    return replace(options, data=ROOT / options.data)
 
 
 def check_sets(options: Options) -> None:
@@ -169,7 +198,8 @@ def perform(run: Run, options: Options) -> None:
     view1, view2 = (accuracy(folder, run, options.lfw, pairs) for pairs in (VIEW_1, VIEW_2))
     result = json.loads((folder / "result.json").read_text())
     told = json.loads((folder / "config.json").read_text())
-    batch, score = told["options"]["batch_size"], result["validation"]
+    batch = told["options"]["batch_size"]
+    score = None if run.group == "scaling" else result["validation"]  # another: of the best
     row = {
         "change": run.change,
         "seed": run.seed,
@@ -185,8 +215,11 @@ def perform(run: Run, options: Options) -> None:
         "date": datetime.now(UTC).date().isoformat(),
         "commit": told["commit"],
         "command": shlex.join(["python", *words]),
+        "options": settings(run),
     }
     write_curves(run, folder, batch)
+    if run.group == "peers":  # what was compared so far is not all
+        (RESULTS / "mcnemar.csv").unlink(missing_ok=True)
     append(RESULTS / f"{run.group}.csv", HEAD, [row])
 
 
@@ -194,9 +227,14 @@ def call(words: list[str]) -> None:
     """Run a script to its end; a signal is its own to handle, and it saves first."""
     print("$ python " + shlex.join(words), flush=True)
     child = subprocess.Popen([sys.executable, *words], cwd=ROOT)
-    # A terminal's Ctrl-C reaches the child by itself.
-    handlers = {signal.SIGINT: lambda *_: None, signal.SIGTERM: lambda *_: child.terminate()}
-    earlier = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    stops = []
+
+    def stop(number: int, _: object) -> None:
+        stops.append(number)
+        if number == signal.SIGTERM:  # a terminal's Ctrl-C reaches the child by itself
+            child.terminate()
+
+    earlier = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         code = child.wait()
     finally:
@@ -205,15 +243,15 @@ def call(words: list[str]) -> None:
     code = 128 - code if code in (-signal.SIGINT, -signal.SIGTERM) else code  # lfw_eval.py's
     if code in (130, 143):
         raise SystemExit(code)
+    if stops:  # as it ended by itself
+        raise SystemExit(128 + stops[0])
     if code:
         raise InputError(f"{words[0]} ended with {code}, see above: mend it and repeat the command")
 
 
 def refuse_another(folder: Path, words: list[str]) -> None:
     """Raises InputError: what lies there was begun by other options, such as an older recipe."""
-    with mock.patch.object(config, "RECIPES", {**config.RECIPES, **peers.PEERS}):
-        wanted = config.plain(config.parse(config.TrainOptions, "", words))
-    changed = train.changes(config.read_run(folder), wanted)
+    changed = train.changes(config.read_run(folder), config.plain(parsed(words)))
     if changed:
         raise InputError(
             f"{folder} was begun with another {', '.join(changed)}: move it away, and repeat"
@@ -236,12 +274,14 @@ def accuracy(folder: Path, run: Run, lfw: Path, pairs: str) -> dict[str, float]:
 
 
 def model_of(folder: Path, run: Run) -> Path:
+    if run.group == "scaling":  # the last weights: few people are held out to choose better ones
+        return folder / checkpoint.LAST
     graph = folder / "reference.onnx"  # of a network that is none of ours
     return graph if "reference" in run.words else folder
 
 
 def compare(runs: list[Run], options: Options) -> None:
-    """McNemar's test of ours against each of the others, on the same pairs."""
+    """McNemar's test of each run of ours against each of the others, on the same pairs."""
     folders = [RUNS / "experiments" / run.name for run in runs]
     models = [model_of(folder, run) for folder, run in zip(folders, runs, strict=True)]
     missing = [str(model) for model in models if not model.exists()]
@@ -256,6 +296,8 @@ def compare(runs: list[Run], options: Options) -> None:
     for (a, b), row in zip(itertools.combinations(runs, 2), tests, strict=True):
         if a.words[: len(OURS)] == OURS:
             found.append({**row, "model A": a.change, "model B": b.change})
+    adjusted = significance.holm([float(row["p"]) for row in found])  # for these tests alone
+    found = [{**row, "p (Holm)": f"{p:.3g}"} for row, p in zip(found, adjusted, strict=True)]
     write(RESULTS / "mcnemar.csv", comparison.TESTS, found)
 
 
@@ -268,8 +310,11 @@ def part_of(data: Path, part: int) -> Path:
     names = np.array(faces.identities)
     kept = set(np.random.default_rng(0).permutation(names)[: len(names) // part].tolist())
     out.mkdir(exist_ok=True)
-    if not (out / "images").exists():
-        (out / "images").symlink_to((data / "images").resolve())
+    images, crops = out / "images", (data / "images").resolve()
+    if images.is_symlink() and images.resolve() != crops:  # they lay elsewhere then
+        images.unlink()
+    if not images.exists():
+        images.symlink_to(crops)
     rows = read(data / manifest.NAME)
     write(out / manifest.NAME, tuple(rows[0]), [row for row in rows if row["identity"] in kept])
     return out

@@ -5,16 +5,18 @@
     python benchmarks/peers.py --recipe straight-through --data data/faces --epochs 10
 
 reference         the early PyTorch repo that this one follows in layout: a scalar PReLU shared
-                  within a block and applied again after the sum, an unpadded stem and a max-pool,
+                  within a block and applied again after the sum, gates with biases and a scalar
+                  PReLU, r50 of (3, 4, 6, 3) blocks, an unpadded stem and a max-pool,
                   sqrt(1 - cos^2) in the margin, the learning rate divided by 10 at each fifth of
                   the run from 0.1 at batch 512 (here in proportion), gradients clipped by value,
                   weight decay on everything, centres that start as Xavier's rule says, s = 64,
                   m = 0.5, ImageNet's normalisation
-official          arcface_torch: its r18 without squeeze-and-excitation, polynomial schedule, the
+official          arcface_torch (insightface, commit 0ea3845): its r18 without
+                  squeeze-and-excitation, its polynomial schedule, whose power is 1 (linear), the
                   learning rate of its configuration for one GPU (0.02 at batch 128, here in
-                  proportion), s = 64, m = 0.5, a margin whose gradient is the one of the plain
-                  cosine (straight-through), weight decay on everything, the backbone's gradient
-                  clipped by its norm, no augmentation but the flip
+                  proportion), s = 64, m = 0.5, cos(theta + m) also past 180 degrees, with the
+                  gradient of the plain cosine (straight-through), weight decay on everything, the
+                  backbone's gradient clipped by its norm, no augmentation but the flip
 straight-through  our recipe `cpu`, but for that gradient
 
 All other options are those of train.py and may be named, too, but for those of the parts above.
@@ -58,7 +60,7 @@ PEERS: dict[str, dict[str, object]] = {
         "augment": "flip", "compile": True,
     },
     "official": {
-        "network": "r18", "width": 0.5, "s": 64.0, "m": 0.5, "schedule": "poly", "warmup": 0.0,
+        "network": "r18", "width": 0.5, "s": 64.0, "m": 0.5, "schedule": "linear", "warmup": 0.0,
         "lr": 0.02, "lr_batch": 128, "augment": "flip", "compile": True,
     },
     "straight-through": RECIPES["cpu"],
@@ -87,11 +89,10 @@ def main(options: TrainOptions) -> int:
 
 def parts(recipe: str) -> list[tuple[ModuleType, str, object]]:
     """What takes the place of what in the training loop."""
-    straight = [(training_step, "make_head", StraightThroughHead.of)]
     return {
-        "straight-through": straight,
+        "straight-through": [(training_step, "make_head", StraightThroughHead.of)],
         "official": [
-            *straight,
+            (training_step, "make_head", OfficialHead.of),
             (training_step, "make_optimizer", decay_everything),
             (train, "update", clip_backbone),
         ],
@@ -111,8 +112,9 @@ def check(options: TrainOptions) -> None:
         if getattr(options, name) != getattr(usual, name):
             raise InputError(f"--{name.replace('_', '-')} is fixed in --recipe {options.recipe}")
     if options.recipe == "reference":
-        if options.network == "mbf":
-            raise InputError("--recipe reference has networks r18 ... and se-r18 ..., not mbf")
+        network = options.network
+        if network.removeprefix("se-") not in BLOCKS:
+            raise InputError(f"--recipe reference has {', '.join(BLOCKS)} and se-, not {network}")
         if (
             importlib.util.find_spec("onnx") is None
             or importlib.util.find_spec("onnxruntime") is None
@@ -154,6 +156,15 @@ class StraightThroughHead(ArcMarginHead):
         return own + (phi - own).detach()
 
 
+class OfficialHead(StraightThroughHead):
+    """No other line past 180 degrees: there, more margin raises the logit."""
+
+    def with_margin(self, own: Tensor) -> Tensor:
+        with torch.no_grad():
+            phi = torch.cos(own.clamp(-1, 1).acos() + self.m)
+        return own + (phi - own).detach()
+
+
 class ReferenceHead(StraightThroughHead):
     """phi by the addition theorem, its gradient by autograd through the square root."""
 
@@ -172,13 +183,21 @@ class ReferenceHead(StraightThroughHead):
 # --------------------------------------------------------------------------------------------------
 # the reference system's network
 
+BLOCKS = {
+    "r18": (2, 2, 2, 2),
+    "r34": (3, 4, 6, 3),
+    "r50": (3, 4, 6, 3),
+    "r101": (3, 4, 23, 3),
+    "r152": (3, 8, 36, 3),
+}
+
 
 class ReferenceNet(nn.Module):
     """float (N, 3, 112, 112) RGB in [-1, 1] -> float32 (N, E)."""
 
     def __init__(self, options: TrainOptions):
         super().__init__()
-        blocks = models.BLOCKS[options.network.removeprefix("se-")]
+        blocks = BLOCKS[options.network.removeprefix("se-")]
         with_se = options.network.startswith("se-")
         channels = [models._scaled(c, options.width) for c in (64, 64, 128, 256, 512)]
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))
@@ -216,7 +235,7 @@ class ReferenceBlock(nn.Module):
         self.body = nn.Sequential(
             nn.BatchNorm2d(c_in), models._conv(c_in, c_in), nn.BatchNorm2d(c_in), nn.PReLU(),
             models._conv(c_in, c_out, stride=stride), nn.BatchNorm2d(c_out),
-            models.SqueezeExcite(c_out) if with_se else nn.Identity(),
+            ReferenceGate(c_out) if with_se else nn.Identity(),
         )  # fmt: skip
         self.shortcut = nn.Identity()
         if stride != 1 or c_in != c_out:
@@ -227,6 +246,21 @@ class ReferenceBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         prelu = self.body[3]  # one slope for all channels, in both places
         return prelu(self.body(x) + self.shortcut(x))  # (N, c_out, H / stride, W / stride)
+
+
+class ReferenceGate(nn.Module):
+    """Squeeze-and-excitation with biases, and one slope for all channels."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        hidden = max(1, channels // 16)
+        self.layers = nn.Sequential(
+            nn.Linear(channels, hidden), nn.PReLU(), nn.Linear(hidden, channels), nn.Sigmoid()
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.layers(x.mean(dim=(2, 3)))  # (N, C)
+        return x * gate[:, :, None, None]  # (N, C, H, W)
 
 
 def export(options: TrainOptions, run: Path) -> None:

@@ -33,6 +33,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import config
 import data_gen
+import job
 import train
 import training_step
 from arcface import ArcMarginHead
@@ -48,6 +49,8 @@ TRIALS = ("averaged", "smoothed", "subcentres", "balanced", "annealed")
 def main(options: TrainOptions) -> int:
     if options.resume or options.head != "dense" or options.margin != "arcface":
         raise InputError("a trial takes no --resume, --head sharded or other --margin")
+    if options.easy_margin or job.ranks() > 1:
+        raise InputError("a trial takes no --easy-margin and runs as one process, without torchrun")
     with ExitStack() as stack:
         for module, name, part in parts(options):
             stack.enter_context(mock.patch.object(module, name, part))

@@ -17,6 +17,7 @@ import checkpoint
 import comparison
 import config
 import data_gen
+import train
 from benchmarks import experiments, peers
 from benchmarks.experiments import Options, Run
 from config import InputError
@@ -53,19 +54,29 @@ def test_their_commands_are_understood(tmp_path, monkeypatch):
         if script == "benchmarks/peers.py":
             peers.check(dataclasses.replace(options, runs=tmp_path))
         else:
+            train.check_options(options)
             assert options.recipe == "cpu"
+        shaped = dict(word.split("=") for word in experiments.settings(run).split())
+        assert shaped.get("s", "32.0") == f"{options.s}" and "seed" not in shaped
 
 
 def test_what_has_a_row_is_not_run_again(options, monkeypatch, capsys):
     run = Run("final", "the recipe", 0, experiments.OURS)
     row = dict.fromkeys(experiments.HEAD, "") | {"change": run.change, "seed": "0"}
-    experiments.append(experiments.RESULTS / "final.csv", experiments.HEAD, [row])
+    row["options"] = experiments.settings(run)
+    assert "resolution=64" in row["options"].split()
+    table = experiments.RESULTS / "final.csv"
+    experiments.append(table, experiments.HEAD, [row])
     performed = []
-    monkeypatch.setattr(experiments, "perform", lambda run, _: performed.append(run.seed))
+    monkeypatch.setattr(experiments, "perform", lambda run, _: performed.append(run.name))
     experiments.main(options)
-    assert performed == [1]
+    assert run.name not in performed and "final-the-recipe-1" in performed
     out = capsys.readouterr().out
     assert f"done   {run.name}" in out and "to do  final-the-recipe-1" in out
+    row["options"] = row["options"].replace("epochs=60", "epochs=50")
+    experiments.write(table, experiments.HEAD, [row])
+    with pytest.raises(InputError, match=r"of other options \(epochs=50 epochs=60\)"):
+        experiments.main(options)
 
 
 def test_a_run_writes_its_row_last(options, tmp_path, monkeypatch):
@@ -91,6 +102,7 @@ def test_a_run_writes_its_row_last(options, tmp_path, monkeypatch):
 
     monkeypatch.setattr(experiments, "call", call)
     monkeypatch.setattr(experiments, "write_curves", lambda *_: None)
+    (tmp_path / "mcnemar.csv").touch()
     experiments.perform(run, options)
     assert [words[0] for words in called] == ["train.py", "lfw_eval.py", "lfw_eval.py"]
     assert "--resume" not in called[0] and called[0][-1] == run.name
@@ -99,6 +111,9 @@ def test_a_run_writes_its_row_last(options, tmp_path, monkeypatch):
     assert row["photos_seen"] == "640" and row["validation"] == "87.50" and row["seed"] == "1"
     assert (row["hardware"], row["commit"]) == ("a card, torch 3.0", "abc")
     assert row["command"].startswith("python train.py --epochs 1 --data ")
+    assert row["options"] == "epochs=1" and (tmp_path / "mcnemar.csv").exists()
+    experiments.perform(dataclasses.replace(run, group="peers"), options)
+    assert not (tmp_path / "mcnemar.csv").exists()
 
 
 def test_a_stopped_run_goes_on_and_one_of_other_options_is_refused(tmp_path, options, monkeypatch):
@@ -107,6 +122,7 @@ def test_a_stopped_run_goes_on_and_one_of_other_options_is_refused(tmp_path, opt
     folder = tmp_path / "experiments" / run.name
     folder.mkdir(parents=True)
     (folder / "last.pt").touch()
+    monkeypatch.chdir(tmp_path)  # a command's paths are meant from the repo
     words = ["--epochs", "3", "--data", str(options.data), "--seed", "1"]
     begun = config.plain(config.parse(config.TrainOptions, "", words))
     (folder / "config.json").write_text(json.dumps({"options": begun}))
@@ -170,6 +186,21 @@ def test_a_scoring_that_is_stopped_ends_as_a_signal_does(tmp_path, monkeypatch):
     assert stopped.value.code == 143
 
 
+def test_a_stop_is_heeded_though_the_script_ended_well(tmp_path, monkeypatch):
+    """It came in the last step, say: no other run is begun after it."""
+    monkeypatch.setattr(experiments, "ROOT", tmp_path)
+    (tmp_path / "train.py").write_text(
+        "import os, signal, time\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "os.kill(os.getppid(), signal.SIGTERM)\n"
+        "time.sleep(0.5)\n"
+    )
+    with pytest.raises(SystemExit) as stopped:
+        experiments.call(["train.py"])
+    assert stopped.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
 def test_ours_is_compared_with_each_of_the_others(options, tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, "RUNS", tmp_path)
     runs = list(experiments.planned("peers"))
@@ -179,7 +210,7 @@ def test_ours_is_compared_with_each_of_the_others(options, tmp_path, monkeypatch
         called.append(words)
         names = [str(number) for number in range(len(runs))]
         tests = [
-            dict(zip(comparison.TESTS, (*two, "1", "2", "exact", "0.5", "0.9"), strict=True))
+            dict(zip(comparison.TESTS, (*two, "1", "2", "exact", "0.05", "0.9"), strict=True))
             for two in itertools.combinations(names, 2)
         ]
         out = tmp_path / "experiments/peers"
@@ -199,6 +230,21 @@ def test_ours_is_compared_with_each_of_the_others(options, tmp_path, monkeypatch
     others = [run.change for run in runs]
     assert pairs == [*((others[0], other) for other in others[1:]),
                      *((others[1], other) for other in others[2:])]  # fmt: skip
+    assert {row["p (Holm)"] for row in rows} == {"0.45"}  # nine tests, not the fifteen
+
+
+def test_a_new_peer_undoes_the_comparison_which_is_made_again(options, tmp_path, monkeypatch):
+    compared, table = [], tmp_path / "mcnemar.csv"
+    monkeypatch.setattr(experiments, "perform", lambda *_: None)
+    monkeypatch.setattr(experiments, "compare", lambda runs, _: compared.append(len(runs)))
+    table.touch()
+    experiments.main(dataclasses.replace(options, what="peers"))
+    assert not compared
+    table.unlink()
+    experiments.main(dataclasses.replace(options, what="peers"))
+    experiments.main(dataclasses.replace(options, what="peers", list=True))
+    experiments.main(options)
+    assert compared == [6]
 
 
 def test_the_minutes_of_a_stopped_run_count(tmp_path):
@@ -218,6 +264,8 @@ def test_a_part_of_the_identities(prepared, tmp_path, part):
     assert set(faces.identities) < set(whole.identities)
     place = whole.images.index(faces.images[0])
     np.testing.assert_array_equal(faces.read(0), whole.read(place))
+    (data.with_name(f"faces-1of{part}") / "images").unlink()
+    (data.with_name(f"faces-1of{part}") / "images").symlink_to(tmp_path / "moved")
     again = data_gen.load_faces(experiments.part_of(data, part))
     assert again.identities == faces.identities
     assert experiments.part_of(data, 1) == data

@@ -377,7 +377,7 @@ def test_the_card_says_whose_pairs_the_threshold_was_taken_on(run):
         run, threshold_from="pairsDevTest.txt"
     )
     assert "may have seen" not in card(run) and "may have seen" in card(run, init="a/b.pth")
-    assert "pairs of pairsDevTest.txt, and 61.5 % of the genuine pairs; other" in card(
+    assert "pairs of pairsDevTest.txt, and 61.5 % of the genuine pairs there; other" in card(
         run, threshold_from="pairsDevTest.txt", threshold_tar="0.6150"
     )
 

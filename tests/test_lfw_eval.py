@@ -332,7 +332,7 @@ def test_without_arguments_the_synthetic_faces_are_taken_and_said(tmp_path, monk
     for name in ("DATA", "RUNS", "RAW", "SYNTHETIC"):
         monkeypatch.setattr(config, name, tmp_path / name.lower())
     (tmp_path / "runs/demo").mkdir(parents=True)
-    (tmp_path / "runs/demo" / checkpoint.BEST).touch()
+    (tmp_path / "runs/demo/result.json").touch()
     assert "pre_process.py" in refuse(config.EvalOptions())  # not prepared yet
     (tmp_path / "synthetic" / "test").mkdir(parents=True)
     capsys.readouterr()
@@ -356,14 +356,15 @@ def test_the_default_model_is_the_own_one_or_the_one_that_ships(tmp_path, monkey
     (tmp_path / "data/lfw").mkdir(parents=True)
     assert model() == model(data=lfw) == (config.WEIGHTS,)
     (runs / "demo").mkdir(parents=True)
-    (runs / "demo" / checkpoint.BEST).touch()
+    (runs / "demo/result.json").touch()
     assert model(data=lfw) == (config.WEIGHTS,)  # drawn faces say nothing about photos
     (runs / "faces").mkdir()
-    assert model(data=lfw) == (config.WEIGHTS,)  # not trained yet
-    (runs / "cpu").mkdir()
-    (runs / "cpu" / checkpoint.BEST).touch()
-    assert model(data=lfw) == (runs / "cpu",)
     (runs / "faces" / checkpoint.BEST).touch()
+    assert model(data=lfw) == (config.WEIGHTS,)  # not finished yet
+    (runs / "cpu").mkdir()
+    (runs / "cpu/result.json").touch()
+    assert model(data=lfw) == (runs / "cpu",)
+    (runs / "faces/result.json").touch()
     assert model(data=lfw) == (runs / "faces",)
 
 

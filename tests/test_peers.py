@@ -24,12 +24,12 @@ SMALL = {"epochs": 1, "width": 0.125, "embedding_size": 32, "batch_size": 16, "w
 
 @pytest.fixture
 def heads():
-    """Ours, the official one and the reference system's, with the same centres."""
+    """Ours, ours straight-through, the official one and the reference system's; same centres."""
     torch.manual_seed(0)
     options = TrainOptions(embedding_size=8, s=64.0, m=0.5)
     ours = ArcMarginHead(8, 5, 64.0, 0.5)
-    found = [ours, *(kind.of(options, 5) for kind in (peers.StraightThroughHead,
-                                                      peers.ReferenceHead))]  # fmt: skip
+    kinds = (peers.StraightThroughHead, peers.OfficialHead, peers.ReferenceHead)
+    found = [ours, *(kind.of(options, 5) for kind in kinds)]
     for head in found:
         head.load_state_dict(ours.state_dict())
     return found
@@ -45,18 +45,32 @@ def test_all_heads_give_the_same_logits_and_angles(heads):
 
 
 def test_the_straight_through_gradient_is_the_one_of_the_plain_cosine(heads):
-    ours, official, reference = heads
+    ours = heads[0]
     labels = torch.arange(20) % 5
     gradients = {}
-    for name, head in {"ours": ours, "official": official, "reference": reference}.items():
+    for name, head in zip(("ours", "straight", "official", "reference"), heads, strict=True):
         embeddings = torch.randn(20, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
         head(embeddings, labels)[torch.arange(20), labels].sum().backward()
         gradients[name] = embeddings.grad
     plain = torch.randn(20, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
     (64 * ours.cosines(plain)[torch.arange(20), labels].sum()).backward()
+    torch.testing.assert_close(gradients["straight"], plain.grad)
     torch.testing.assert_close(gradients["official"], plain.grad)
     assert not torch.allclose(gradients["ours"], plain.grad, rtol=0.05)
     torch.testing.assert_close(gradients["reference"], gradients["ours"], rtol=1e-3, atol=1e-3)
+
+
+def test_past_180_degrees_the_official_margin_turns_back(heads):
+    """Ours, and the reference system's, go on falling there (ArcFace paper, easy margin off)."""
+    labels = torch.tensor([0])
+    logits = []
+    for head in heads:
+        away = -head.weight[:1].detach() + 0.01 * torch.randn(1, 8)
+        logits.append(head(away, labels)[0, 0].item() / 64)
+    ours, straight, official, reference = logits
+    assert ours < -1 and straight == pytest.approx(ours, abs=1e-4)
+    assert reference == pytest.approx(ours, abs=1e-3)
+    assert -0.9 < official < -0.8  # cos(180 degrees + 0.5)
 
 
 def test_the_reference_network_is_the_described_one():
@@ -67,7 +81,13 @@ def test_the_reference_network_is_the_described_one():
     stem = net.stem[0]
     assert stem.padding == (0, 0) and isinstance(net.stem[3], torch.nn.MaxPool2d)
     slopes = [net.stem[2], *(block.body[3] for block in net.blocks)]
-    assert len(slopes) == 9 and all(slope.weight.numel() == 1 for slope in slopes)
+    slopes += [block.body[6].layers[1] for block in net.blocks]
+    assert len(slopes) == 17 and all(slope.weight.numel() == 1 for slope in slopes)
+    assert all(block.body[6].layers[0].bias.numel() for block in net.blocks)
+    with torch.device("meta"):
+        deep = peers.ReferenceNet(dataclasses.replace(options, network="r50"))
+    assert len(deep.blocks) == 3 + 4 + 6 + 3
+    assert isinstance(deep.blocks[0].body[6], torch.nn.Identity)
 
 
 def test_the_reference_block_applies_its_slope_after_the_sum_again():
@@ -99,7 +119,7 @@ def test_gradients_are_clipped_by_value(monkeypatch):
     ("recipe", "backbone", "head", "groups", "update"),
     [
         ("straight-through", "IResNet", "StraightThroughHead", 3, "update"),
-        ("official", "IResNet", "StraightThroughHead", 1, "clip_backbone"),
+        ("official", "IResNet", "OfficialHead", 1, "clip_backbone"),
         ("reference", "ReferenceNet", "ReferenceHead", 1, "clip_by_value"),
     ],
 )
@@ -132,6 +152,7 @@ def test_its_parts_are_in_the_training_loop(
         ("reference", {"clip_norm": 1.0}, "--clip-norm is fixed"),
         ("official", {"clip_norm": 1.0}, "--clip-norm is fixed"),
         ("reference", {"network": "mbf"}, "not mbf"),
+        ("reference", {"network": "se-r100"}, "not se-r100"),
     ],
 )
 def test_options_that_would_go_unheeded_are_refused(tmp_path, recipe, change, said):

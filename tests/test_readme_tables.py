@@ -86,11 +86,15 @@ def test_ablations_are_means_over_seeds_with_their_spread():
     rows = [
         a_run(view2="88.00"),
         a_run(change="no flip", view2="80.00", date="2026-11-29", commit="abd"),
+        a_run(change="no flip", seed="1", view2="83.00", photos_seen="160000"),
+        a_run(change="late", seed="2", validation=""),
         a_run(seed="1", view2="90.00", commit="abc, abd"),  # stopped, and gone on with
     ]
     table = readme_tables.ablations_table(rows).splitlines()
-    assert table[2].split(" | ")[-1] == "89.00 % ± 1.41 |" and "| 2 | 15 |" in table[2]
-    assert table[3].startswith("| no flip | 1 | ") and table[3].endswith("| 80.00 % |")
+    assert table[2].endswith("| 89.00 % ± 1.41 |  |") and "| 2 | 15 | 162 k |" in table[2]
+    assert table[3].startswith("| no flip | 2 | 15 | 161 k | 83.00 % ± 0.00 | +0.00 ± 0.00 |")
+    assert table[3].endswith("| 81.50 % ± 2.12 | -7.50 ± 0.71 |")  # seed by seed
+    assert table[4] == "| late | 1 | 15 | 162 k |  |  | 89.00 % |  | 88.00 % |  |"
     assert table[-1] == "2026-11-28 to 2026-11-29, a CPU, commits abc, abd."
 
 
@@ -103,6 +107,6 @@ def test_runs_and_their_tests_are_shown_one_a_row():
     assert table[3].startswith("| official | 1 |")
     without = [a_run(validation="")]
     assert "| 14.6 |  | 89.00 %" in readme_tables.runs_table(without)
-    assert "| 15 |  | 89.00 %" in readme_tables.ablations_table(without)
+    assert "| 162 k |  |  | 89.00 % |" in readme_tables.ablations_table(without)
     found = readme_tables.mcnemar_table([{"model A": "ours", "model B": "official", "p": "1e-9"}])
     assert found.splitlines()[2] == "| ours | official | 1e-9 |"

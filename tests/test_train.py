@@ -169,6 +169,13 @@ def test_a_run_from_before_an_option_goes_on(options, monkeypatch):
     assert told["commit"] == f"abc1234, {utils.commit()}"  # both have trained it
 
 
+def test_code_that_ended_before_a_checkpoint_has_trained_nothing(tmp_path):
+    (tmp_path / "config.json").write_text('{"commit": "abc1234"}')
+    assert train.commits(tmp_path) == utils.commit()
+    (tmp_path / checkpoint.PREVIOUS).touch()
+    assert train.commits(tmp_path) == f"abc1234, {utils.commit()}"
+
+
 def test_a_run_keeps_the_precision_that_it_began_with(finished):
     _, run = finished
     words = ["--resume", "--runs", str(run.parent), "--name", run.name, "--compile"]
@@ -386,6 +393,8 @@ def test_the_schedules(options):
     assert step[50] == step[74] == pytest.approx(0.1) and step[75] == pytest.approx(0.01)
     poly = rates(schedule="poly", warmup=0.0)
     assert poly[0] == 1.0 and poly[50] == pytest.approx(0.25)
+    linear = rates(schedule="linear", warmup=0.0)
+    assert linear[0] == 1.0 and linear[50] == pytest.approx(0.5) and linear[75] < 0.26
     double = dataclasses.replace(options, lr=0.1, batch_size=256, lr_batch=128, warmup=0.0)
     assert training_step.learning_rate(0, 100, double) == pytest.approx(0.2)
     unscaled = dataclasses.replace(double, lr_batch=0)

@@ -20,6 +20,7 @@ import enrolment
 import face_reader
 import identify
 import models
+import pair_picture
 import protocol
 import utils
 import verify
@@ -228,7 +229,22 @@ def test_the_default_model_is_the_own_run_or_what_ships(place, tmp_path, monkeyp
     options = VerifyOptions(photos=(place / "a.png", place / "b.png"))
     assert f"no --model named: using {config.WEIGHTS}\n" in say(capsys, options)
     shutil.copytree(place / "runs/bare", tmp_path / "faces")
+    (tmp_path / "faces/result.json").unlink(missing_ok=True)
+    assert f"using {config.WEIGHTS}\n" in say(capsys, options)  # it is not finished
+    (tmp_path / "faces/result.json").touch()
     assert f"no --model named: using {tmp_path / 'faces'}\n" in say(capsys, options)
+
+
+@pytest.mark.parametrize("number", [1, 4, 5, 7])
+def test_the_picture_has_room_for_all_that_is_said(number):
+    crop = np.zeros((112, 112, 3), np.uint8)
+    shown = pair_picture.Shown("a.png", np.zeros((90, 60, 3), np.uint8), [], 0, crop)
+    image = np.asarray(pair_picture.draw(shown, shown, "35.44°", ["MMM"] * number))
+    middle = image[:, 400:-400].min(axis=(1, 2))  # (H,), of the text alone
+    assert (middle[-pair_picture.GAP :] == 255).all()
+    starts = np.flatnonzero((middle[1:] < 200) & (middle[:-1] >= 200))
+    assert len(starts) >= number + 1
+    assert image.shape[0] - starts[-1] < 112 + pair_picture.GAP  # below the photos
 
 
 def test_the_threshold_says_whose_pairs_it_was_taken_on(place, tmp_path, capsys):
