@@ -31,13 +31,12 @@ class Threshold(NamedTuple):
         if self.far is None:
             return [f"threshold {self.degrees:.2f}°, as named", "its false accept rate is unknown"]
         whose = f" of {self.taken_on}" if self.taken_on else ""
+        genuine = "" if self.tar is None else f" and {100 * self.tar:.0f} in 100 genuine ones"
+        accepts = f"accepts 1 in {1 / self.far:,.0f} impostor pairs{genuine}"
         parts = [
-            f"threshold {self.degrees:.2f}°, at which 1 in {1 / self.far:,.0f} impostor pairs is "
-            "accepted",
-            f"{self.impostor_pairs:,} impostor pairs{whose}",
+            f"threshold {self.degrees:.2f}° {accepts}",
+            f"taken on {self.impostor_pairs:,} impostor pairs{whose}",
         ]
-        if self.tar is not None:
-            parts.insert(1, f"and {100 * self.tar:.0f} in 100 genuine ones")
         if self.started_from:
             parts.append(
                 f"the weights that it started from ({self.started_from}) may have seen these people"

@@ -32,8 +32,8 @@ from images import read_image
 from synthetic_faces import draw_face
 
 FAR = (
-    "at which 1 in 1,000 impostor pairs is accepted; and 62 in 100 genuine ones; "
-    "78,000 impostor pairs of 27 held-out people"
+    "accepts 1 in 1,000 impostor pairs and 62 in 100 genuine ones; "
+    "taken on 78,000 impostor pairs of 27 held-out people"
 )
 
 
