@@ -195,6 +195,7 @@ FORMS: dict[str, Callable[[list[dict[str, str]]], str]] = {
     "speed": speed_table,
     "final": runs_table,
     "ablations": ablations_table,
+    "ablations_se": ablations_table,
     "peers": runs_table,
     "mcnemar": mcnemar_table,
     "scaling": runs_table,

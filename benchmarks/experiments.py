@@ -88,7 +88,7 @@ CHANGES = {
     "the recipe": (),
     "augment strong": ("--augment", "strong"),
     "112 px, in the same time": ("--resolution", "112", "--epochs", "4"),
-    "no squeeze-and-excitation": ("--network", "r18"),
+    "squeeze-and-excitation": ("--network", "se-r18"),
     "s 64, m 0.5": ("--s", "64", "--m", "0.5"),
     "straight-through gradient": (*THEIRS, "straight-through"),
 }
@@ -170,7 +170,7 @@ def parsed(words: Sequence[str]) -> config.TrainOptions:
     """The options of a command, as train.py or peers.py takes it in the repo's folder."""
     with mock.patch.object(config, "RECIPES", {**config.RECIPES, **peers.PEERS}):
         options = config.parse(config.TrainOptions, "", list(words))
-    return replace(options, data=ROOT / options.data)
+    return replace(options, data=options.data and ROOT / options.data)
 
 
 def check_sets(options: Options) -> None:
