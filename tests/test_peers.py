@@ -65,7 +65,7 @@ def test_past_180_degrees_the_official_margin_turns_back(heads):
     labels = torch.tensor([0])
     logits = []
     for head in heads:
-        away = -head.weight[:1].detach() + 0.01 * torch.randn(1, 8)
+        away = -F.normalize(head.weight[:1].detach()) + 0.001 * torch.randn(1, 8)
         logits.append(head(away, labels)[0, 0].item() / 64)
     ours, straight, official, reference = logits
     assert ours < -1 and straight == pytest.approx(ours, abs=1e-4)
