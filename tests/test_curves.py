@@ -28,7 +28,7 @@ def test_a_panel_a_group_a_line_a_run_a_colour_a_change(results):
         put(run, [50.0, 60.0 + number])
     drawn = curves.figure({"final": final, "ablations": ablations})
     one, other = drawn.axes
-    assert len(one.lines) == 2 and len(other.lines) == len(ablations)
+    assert len(one.lines) == len(final) and len(other.lines) == len(ablations)
     assert list(one.lines[0].get_xdata()) == [0, 100]
     assert list(one.lines[1].get_ydata()) == [50.0, 61.0]
     assert one.lines[0].get_color() == one.lines[1].get_color()
