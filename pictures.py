@@ -57,7 +57,7 @@ def main(_: None) -> None:
             print(f"wrote {IMAGES / name}")
         else:
             theta = missing in (reference, recipe)
-            how = "see results/lfw.csv for its command" if theta else "run make demo first"
+            how = "run lfw_eval.py for it (results/lfw.csv)" if theta else "run make demo first"
             print(f"{name} is left as it is: {missing} is not there, {how}")
 
 
