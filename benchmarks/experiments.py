@@ -10,15 +10,17 @@ when the command is repeated. data/lfw must hold LFW's pairs.txt (View 2) and pa
 (View 1). Nothing is chosen by View 2: each model is scored on it at its end, and those that are
 compared pair by pair once more.
 
-Each run is one command of train.py or benchmarks/peers.py in runs/experiments/<name>, then two of
-lfw_eval.py. Its row goes into results/<group>.csv, its curves into results/curves/<name>.csv, and
-where models are compared pair by pair, McNemar's test into results/mcnemar.csv.
+Each run is one command of train.py, benchmarks/peers.py or benchmarks/trials.py (which can't go on,
+and begins anew) in runs/experiments/<name>, then two of lfw_eval.py. Its row goes into
+results/<group>.csv, its curves into results/curves/<name>.csv, and where models are compared pair
+by pair, McNemar's test into results/mcnemar.csv.
 """
 
 import csv
 import itertools
 import json
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -41,7 +43,7 @@ import manifest
 import significance
 import train
 import training_curves
-from benchmarks import peers
+from benchmarks import peers, trials
 from config import ROOT, RUNS, InputError, option
 
 RESULTS = ROOT / "results"
@@ -84,6 +86,7 @@ class Run:
 
 OURS = ("train.py", "--recipe", "cpu")
 THEIRS = ("benchmarks/peers.py", "--recipe")
+TRIED = ("benchmarks/trials.py", "--recipe")
 CHANGES = {
     "the recipe": (),
     "augment strong": ("--augment", "strong"),
@@ -91,6 +94,14 @@ CHANGES = {
     "squeeze-and-excitation": ("--network", "se-r18"),
     "s 64, m 0.5": ("--s", "64", "--m", "0.5"),
     "straight-through gradient": (*THEIRS, "straight-through"),
+}
+CANDIDATES = {  # one seed each: what does not pay at once is not followed up
+    "label smoothing 0.1": (*TRIED, "smoothed"),
+    "three centres an identity": (*TRIED, "subcentres"),
+    "identities drawn by the root of their photos": (*TRIED, "balanced"),
+    "margin rising from 0 over half of the run": (*TRIED, "annealed"),
+    "batches of 256, accumulated": (*OURS, "--batch-size", "256", "--accumulate", "4"),
+    "deeper and narrower: r34, width 0.375": (*OURS, "--network", "r34", "--width", "0.375"),
 }
 LIKE_OURS = ("--lr", "0.1", "--lr-batch", "64")
 PEERS = {
@@ -113,6 +124,8 @@ def planned(what: str) -> Iterator[Run]:
             script = words if words[:1] == THEIRS[:1] else (*OURS, *words)
             length = () if "--epochs" in words else ("--epochs", str(SHORT))
             yield Run("ablations", change, seed, (*script, *length))
+        for change, words in CANDIDATES.items():
+            yield Run("ablations", change, 0, (*words, "--epochs", str(SHORT)))
     if what in ("peers", "all"):
         for change, words in PEERS.items():
             yield Run("peers", change, 0, (*words, "--epochs", str(SHORT)))
@@ -167,8 +180,9 @@ def settings(run: Run) -> str:
 
 
 def parsed(words: Sequence[str]) -> config.TrainOptions:
-    """The options of a command, as train.py or peers.py takes it in the repo's folder."""
-    with mock.patch.object(config, "RECIPES", {**config.RECIPES, **peers.PEERS}):
+    """The options of a command, as its script takes it in the repo's folder."""
+    known = {**config.RECIPES, **peers.PEERS, **dict.fromkeys(trials.TRIALS, config.RECIPES["cpu"])}
+    with mock.patch.object(config, "RECIPES", known):
         options = config.parse(config.TrainOptions, "", list(words))
     return replace(options, data=options.data and ROOT / options.data)
 
@@ -188,6 +202,8 @@ def perform(run: Run, options: Options) -> None:
     data = part_of(options.data, run.part)
     words = [*run.words, "--data", config.canonical(data), "--seed", str(run.seed)]
     words += ["--runs", "runs/experiments", "--name", run.name]
+    if run.words[0] == TRIED[0]:
+        shutil.rmtree(folder, ignore_errors=True)  # it can't go on
     begun = checkpoint.exists(folder)
     if begun:
         refuse_another(folder, words[1:])

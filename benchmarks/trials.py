@@ -8,8 +8,9 @@ subcentres     three centres an identity, the nearest counts (Deng et al. 2020)
 balanced       identities drawn by the root of their number of photos
 annealed       the margin rises from 0 in the first half of the run
 
-All other options are those of train.py. What paid is an option there; results/trials.csv says what
-did not. Such a run can't go on after a stop: the parts here are in no checkpoint.
+All other options are those of train.py. What paid is an option there; results/trials.csv (the
+average) and results/ablations.csv (the others) say what did not. Such a run can't go on after a
+stop: the parts here are in no checkpoint.
 
 Legend of shapes: N photos, C identities, E embedding size, K centres an identity.
 """

@@ -18,7 +18,7 @@ import comparison
 import config
 import data_gen
 import train
-from benchmarks import experiments, peers
+from benchmarks import experiments, peers, trials
 from benchmarks.experiments import Options, Run
 from config import InputError
 
@@ -46,7 +46,8 @@ def test_each_run_has_a_name_and_a_place_of_its_own():
 
 
 def test_their_commands_are_understood(tmp_path, monkeypatch):
-    monkeypatch.setattr(config, "RECIPES", {**config.RECIPES, **peers.PEERS})
+    tried = dict.fromkeys(trials.TRIALS, config.RECIPES["cpu"])
+    monkeypatch.setattr(config, "RECIPES", {**config.RECIPES, **peers.PEERS, **tried})
     for run in experiments.planned("all"):
         script, *words = run.words
         assert (config.ROOT / script).exists()
@@ -55,7 +56,8 @@ def test_their_commands_are_understood(tmp_path, monkeypatch):
             peers.check(dataclasses.replace(options, runs=tmp_path))
         else:
             train.check_options(dataclasses.replace(options, name=run.name), ranks=1)
-            assert options.recipe == "cpu"
+            ours = options.recipe == "cpu" and script == "train.py"
+            assert ours or (options.recipe in trials.TRIALS and script == "benchmarks/trials.py")
         shaped = dict(word.split("=") for word in experiments.settings(run).split())
         assert shaped.get("s", "32.0") == f"{options.s}" and "seed" not in shaped
 
@@ -142,6 +144,28 @@ def test_a_stopped_run_goes_on_and_one_of_other_options_is_refused(tmp_path, opt
     with pytest.raises(InputError, match="was begun with another epochs, lr"):
         experiments.perform(run, options)
     assert len(called) == 1
+
+
+def test_a_trial_begins_anew(tmp_path, options, monkeypatch):
+    monkeypatch.setattr(experiments, "RUNS", tmp_path)
+    run = next(
+        run for run in experiments.planned("ablations") if run.words[0] == "benchmarks/trials.py"
+    )
+    folder = tmp_path / "experiments" / run.name
+    folder.mkdir(parents=True)
+    (folder / "last.pt").touch()
+    called = []
+
+    def call(words):
+        called.append(words)
+        assert not folder.exists()
+        raise SystemExit(143)
+
+    monkeypatch.setattr(experiments, "call", call)
+    with pytest.raises(SystemExit):
+        experiments.perform(run, options)
+    assert called[0][:3] == ["benchmarks/trials.py", "--recipe", "smoothed"]
+    assert "--resume" not in called[0]
 
 
 def test_a_script_that_fails_is_told(tmp_path, monkeypatch):
