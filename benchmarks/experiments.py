@@ -87,6 +87,7 @@ class Run:
 OURS = ("train.py", "--recipe", "cpu")
 THEIRS = ("benchmarks/peers.py", "--recipe")
 TRIED = ("benchmarks/trials.py", "--recipe")
+KNOWN = config.RECIPES | peers.PEERS | trials.TRIALS  # by the three scripts
 CHANGES = {
     "the recipe": (),
     "augment strong": ("--augment", "strong"),
@@ -181,8 +182,7 @@ def settings(run: Run) -> str:
 
 def parsed(words: Sequence[str]) -> config.TrainOptions:
     """The options of a command, as its script takes it in the repo's folder."""
-    known = {**config.RECIPES, **peers.PEERS, **dict.fromkeys(trials.TRIALS, config.RECIPES["cpu"])}
-    with mock.patch.object(config, "RECIPES", known):
+    with mock.patch.object(config, "RECIPES", KNOWN):
         options = config.parse(config.TrainOptions, "", list(words))
     return replace(options, data=options.data and ROOT / options.data)
 

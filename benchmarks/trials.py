@@ -44,7 +44,9 @@ from config import RECIPES, InputError, TrainOptions
 SHARE = 0.05  # of the run: the time constant of the average
 SMOOTHING = 0.1
 CENTRES = 3
-TRIALS = ("averaged", "smoothed", "subcentres", "balanced", "annealed")
+TRIALS = dict.fromkeys(
+    ("averaged", "smoothed", "subcentres", "balanced", "annealed"), RECIPES["cpu"]
+)
 
 
 def main(options: TrainOptions) -> int:
@@ -161,7 +163,7 @@ def balanced_loader(faces: data_gen.FaceSet, sampler: data_gen.RunSampler, *rest
 
 
 if __name__ == "__main__":
-    RECIPES |= dict.fromkeys(TRIALS, RECIPES["cpu"])
+    RECIPES |= TRIALS
     chosen = config.parse(TrainOptions, __doc__)
     if chosen.recipe not in TRIALS:
         sys.exit(config.complain(f"name a trial: --recipe {' or '.join(TRIALS)}", 2))
