@@ -19,7 +19,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 from unittest import mock
@@ -65,9 +64,7 @@ def parts(options: TrainOptions) -> list[tuple[ModuleType, str, object]]:
     loop = Loop(options)
     found = {
         "averaged": [(train, "update", loop.update), (train, "validate", loop.validate)],
-        "smoothed": [
-            (training_step.F, "cross_entropy", partial(F.cross_entropy, label_smoothing=SMOOTHING))
-        ],
+        "smoothed": [(training_step.F, "cross_entropy", smoothed)],
         "subcentres": [(training_step, "make_head", SubCentres.of)],
         "balanced": [(train.data_gen, "make_loader", balanced_loader)],
         "annealed": [(train, "backward", loop.backward)],
@@ -77,7 +74,11 @@ def parts(options: TrainOptions) -> list[tuple[ModuleType, str, object]]:
 
 # The parts that are replaced, and still called.
 TRAIN, UPDATE, VALIDATE, BACKWARD = train.train, train.update, train.validate, train.backward
-MAKE_LOADER = data_gen.make_loader
+MAKE_LOADER, CROSS_ENTROPY = data_gen.make_loader, F.cross_entropy
+
+
+def smoothed(*inputs, **options) -> Tensor:  # no partial: --compile asks for a __name__
+    return CROSS_ENTROPY(*inputs, **options, label_smoothing=SMOOTHING)
 
 
 class Loop:
