@@ -34,6 +34,13 @@ def test_a_trial_trains_and_leaves_the_loop_as_it_was(options, monkeypatch, reci
     assert same == (recipe != "averaged")
 
 
+@pytest.mark.parametrize("recipe", trials.TRIALS)
+def test_what_a_trial_replaces_can_be_compiled(options, recipe):
+    """torch.compile reads the names of what it calls, and a partial has none."""
+    for _, _, part in trials.parts(dataclasses.replace(options, recipe=recipe)):
+        assert part.__name__
+
+
 def test_of_one_centre_each_the_sub_centres_are_the_plain_head(monkeypatch):
     monkeypatch.setattr(trials, "CENTRES", 1)
     torch.manual_seed(0)
