@@ -17,7 +17,8 @@ With a foreign network (the report then goes to runs/<file name>/), or several t
 
 A list of pairs is LFW's pairs.txt, or lines of path<TAB>path<TAB>label with an optional fold.
 Of each model: report.html, with all numbers and every wrongly judged pair, eval.json (the same
-bytes for the same input), run.json (date, commit, hardware, speed), theta_dist.png, roc.png.
+bytes for the same input), pairs.csv (each pair's angle and threshold, and whether it was judged
+rightly), run.json (date, commit, hardware, speed), theta_dist.png, roc.png.
 Of several: the same in a folder each, and a comparison as report.html, .csv and .md.
 Embeddings are kept beside it, so a second run embeds only photos that are new or changed.
 """
@@ -45,7 +46,7 @@ import report
 import scores
 import utils
 import verification_set
-from checkpoint import BEST, write_json
+from checkpoint import BEST, write_atomic, write_json
 from config import InputError
 from verification_set import VerificationSet, is_packed, printable
 
@@ -121,6 +122,7 @@ def evaluate(
     plots.save_png(theta, model.out / "theta_dist.png", title)
     plots.save_png(roc, model.out / "roc.png", title)
     report.write(model.out / "report.html", tests, judged, run, theta_svg, roc_svg)
+    write_atomic(model.out / "pairs.csv", comparison.as_csv(scores.pair_rows(tests, judged)))
     run["seconds"] = round(time.perf_counter() - started, 2)
     write_json(model.out / "run.json", run)
     write_json(model.out / "eval.json", judged.result)

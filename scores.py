@@ -125,6 +125,20 @@ def degrees(value: float) -> float:
     return round(float(value), 4)
 
 
+def pair_rows(tests: VerificationSet, scores: Scores) -> list[list[object]]:
+    """A row a pair, in the order of their list, below one that names the columns."""
+    names = [printable(photo.name) for photo in tests.photos]
+    head = ["left", "right", "fold", "same", "theta_degrees", "threshold_degrees", "judged_right"]
+    rows = [
+        [names[left], names[right], fold, int(same), f"{theta:.6f}", f"{threshold:.6f}", int(ok)]
+        for left, right, fold, same, theta, threshold, ok in zip(
+            tests.left, tests.right, tests.fold, tests.same, scores.angles, scores.thresholds,
+            scores.right, strict=True,
+        )
+    ]  # fmt: skip
+    return [head, *rows]
+
+
 # --- for people -----------------------------------------------------------------------------------
 
 

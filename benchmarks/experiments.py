@@ -7,13 +7,13 @@
 
 Takes hours. It may be stopped at any moment: the run under way goes on from its last checkpoint
 when the command is repeated. data/lfw must hold LFW's pairs.txt (View 2) and pairsDevTest.txt
-(View 1). Nothing is chosen by View 2: each model is scored on it at its end, and those that are
-compared pair by pair once more.
+(View 1). Nothing is chosen by View 2: each model is scored on it once, at its end.
 
 Each run is one command of train.py, benchmarks/peers.py or benchmarks/trials.py (which can't go on,
 and begins anew) in runs/experiments/<name>, then two of lfw_eval.py. Its row goes into
-results/<group>.csv, its curves into results/curves/<name>.csv, and where models are compared pair
-by pair, McNemar's test into results/mcnemar.csv.
+results/<group>.csv, its curves into results/curves/<name>.csv. Of the peers, which pairs of View 2
+each one judged rightly is kept in results/right/<name>.txt (a line a fold, a digit a pair, 1 for
+right), and McNemar's tests of that in results/mcnemar.csv.
 """
 
 import csv
@@ -79,6 +79,10 @@ class Run:
     @property
     def curves(self) -> Path:
         return RESULTS / "curves" / f"{self.name}.csv"
+
+    @property
+    def right(self) -> Path:
+        return RESULTS / "right" / f"{self.name}.txt"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -150,8 +154,8 @@ def main(options: Options) -> None:
         if run in left and not options.list:
             perform(run, options)
     compared = [run for run in runs if run.group == "peers"]
-    if compared and not options.list and not (RESULTS / "mcnemar.csv").exists():
-        compare(compared, options)
+    if compared and not options.list:
+        compare(compared)
 
 
 def is_done(run: Run) -> bool:
@@ -234,8 +238,8 @@ def perform(run: Run, options: Options) -> None:
         "options": settings(run),
     }
     write_curves(run, folder, batch)
-    if run.group == "peers":  # what was compared so far is not all
-        (RESULTS / "mcnemar.csv").unlink(missing_ok=True)
+    if run.group == "peers":
+        write_right(run, folder / Path(VIEW_2).stem)
     append(RESULTS / f"{run.group}.csv", HEAD, [row])
 
 
@@ -296,25 +300,43 @@ def model_of(folder: Path, run: Run) -> Path:
     return graph if "reference" in run.words else folder
 
 
-def compare(runs: list[Run], options: Options) -> None:
+def write_right(run: Run, report: Path) -> None:
+    """Which pairs of View 2 it judged rightly, of lfw_eval.py's own list."""
+    folds: dict[str, str] = {}
+    for pair in read(report / "pairs.csv"):
+        folds[pair["fold"]] = folds.get(pair["fold"], "") + pair["judged_right"]
+    run.right.parent.mkdir(exist_ok=True)
+    checkpoint.write_atomic(run.right, "".join(f"{fold}\n" for fold in folds.values()).encode())
+
+
+def read_right(run: Run) -> np.ndarray:
+    """bool (N,). Raises InputError: not there."""
+    try:
+        digits = "".join(run.right.read_text().split())
+    except FileNotFoundError:
+        raise InputError(
+            f"{run.right} is not there: take the run's row out of results/peers.csv, and repeat"
+        ) from None
+    return np.array([digit == "1" for digit in digits])
+
+
+def compare(runs: list[Run]) -> None:
     """McNemar's test of each run of ours against each of the others, on the same pairs."""
-    folders = [RUNS / "experiments" / run.name for run in runs]
-    models = [model_of(folder, run) for folder, run in zip(folders, runs, strict=True)]
-    missing = [str(model) for model in models if not model.exists()]
-    if missing:
-        print(f"results/mcnemar.csv is left as it is: {', '.join(missing)} not on this machine")
-        return
-    out = RUNS / "experiments" / "peers"
-    call(["lfw_eval.py", "--data", str(options.lfw), "--pairs", str(options.lfw / VIEW_2),
-          "--model", *map(str, models), "--out", str(out)])  # fmt: skip
-    found = []
-    tests = read(out / "mcnemar.csv")  # of each two models, in the order of the call
-    for (a, b), row in zip(itertools.combinations(runs, 2), tests, strict=True):
-        if a.words[: len(OURS)] == OURS:
-            found.append({**row, "model A": a.change, "model B": b.change})
-    adjusted = significance.holm([float(row["p"]) for row in found])  # for these tests alone
-    found = [{**row, "p (Holm)": f"{p:.3g}"} for row, p in zip(found, adjusted, strict=True)]
-    write(RESULTS / "mcnemar.csv", comparison.TESTS, found)
+    right = [read_right(run) for run in runs]
+    compared = [
+        (a, b) for a, b in itertools.combinations(range(len(runs)), 2)
+        if runs[a].words[: len(OURS)] == OURS
+    ]  # fmt: skip
+    tests = [significance.mcnemar(right[a], right[b]) for a, b in compared]
+    adjusted = significance.holm([test.p for test in tests])
+    rows = [
+        [runs[a].change, runs[b].change, test.only_a, test.only_b, test.method, f"{test.p:.3g}",
+         f"{p:.3g}"]
+        for (a, b), test, p in zip(compared, tests, adjusted, strict=True)
+    ]  # fmt: skip
+    checkpoint.write_atomic(
+        RESULTS / "mcnemar.csv", comparison.as_csv([list(comparison.TESTS), *rows])
+    )
 
 
 def part_of(data: Path, part: int) -> Path:

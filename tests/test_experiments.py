@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import itertools
 import json
 import shutil
 import signal
@@ -14,7 +13,6 @@ import numpy as np
 import pytest
 
 import checkpoint
-import comparison
 import config
 import data_gen
 import train
@@ -100,10 +98,11 @@ def test_a_run_writes_its_row_last(options, tmp_path, monkeypatch):
             out.mkdir(exist_ok=True)
             figure = {"accuracy": {"mean": 0.9 if out.name == "pairs" else 0.91, "std": 0.01}}
             (out / "eval.json").write_text(json.dumps(figure))
+            judged = [{"fold": str(n // 2), "judged_right": str(n % 3 % 2)} for n in range(6)]
+            experiments.write(out / "pairs.csv", ("fold", "judged_right"), judged)
 
     monkeypatch.setattr(experiments, "call", call)
     monkeypatch.setattr(experiments, "write_curves", lambda *_: None)
-    (tmp_path / "mcnemar.csv").touch()
     experiments.perform(run, options)
     assert [words[0] for words in called] == ["train.py", "lfw_eval.py", "lfw_eval.py"]
     assert "--resume" not in called[0] and called[0][-1] == run.name
@@ -112,11 +111,12 @@ def test_a_run_writes_its_row_last(options, tmp_path, monkeypatch):
     assert row["photos_seen"] == "640" and row["validation"] == "87.50" and row["seed"] == "1"
     assert (row["hardware"], row["commit"]) == ("a card, torch 3.0", "abc")
     assert row["command"].startswith("python train.py --epochs 1 --data ")
-    assert "epochs=1" in row["options"].split() and (tmp_path / "mcnemar.csv").exists()
+    assert "epochs=1" in row["options"].split() and not (tmp_path / "right").exists()
     run = dataclasses.replace(run, group="peers")
     folder = tmp_path / "experiments" / run.name
     experiments.perform(run, options)
-    assert not (tmp_path / "mcnemar.csv").exists()
+    assert run.right.read_text() == "01\n00\n10\n"  # a line a fold
+    np.testing.assert_array_equal(experiments.read_right(run), [0, 1, 0, 0, 1, 0])
 
 
 def test_a_stopped_run_goes_on_and_one_of_other_options_is_refused(tmp_path, options, monkeypatch):
@@ -227,49 +227,45 @@ def test_a_stop_is_heeded_though_the_script_ended_well(tmp_path, monkeypatch):
 
 
 def test_ours_is_compared_with_each_of_the_others(options, tmp_path, monkeypatch):
-    monkeypatch.setattr(experiments, "RUNS", tmp_path)
     runs = list(experiments.planned("peers"))
-    called = []
-
-    def call(words):
-        called.append(words)
-        names = [str(number) for number in range(len(runs))]
-        tests = [
-            dict(zip(comparison.TESTS, (*two, "1", "2", "exact", "0.05", "0.9"), strict=True))
-            for two in itertools.combinations(names, 2)
-        ]
-        out = tmp_path / "experiments/peers"
-        out.mkdir(parents=True)
-        experiments.write(out / "mcnemar.csv", comparison.TESTS, tests)
-
-    monkeypatch.setattr(experiments, "call", call)
-    experiments.compare(runs, options)
-    assert not called  # no model is there
-    for run in runs:
-        (tmp_path / "experiments" / run.name).mkdir(parents=True)
-        (tmp_path / "experiments" / run.name / "reference.onnx").touch()
-    experiments.compare(runs, options)
-    assert sum(word.endswith("reference.onnx") for word in called[0]) == 2
+    with pytest.raises(InputError, match=r"peers-ours-0\.txt is not there: take the run's row out"):
+        experiments.compare(runs)
+    (tmp_path / "right").mkdir()
+    for number, run in enumerate(runs):  # the first is right about all 40, each next about 4 less
+        run.right.write_text("1" * (40 - 4 * number) + "\n" + "0" * 4 * number + "\n")
+    performed = []
+    monkeypatch.setattr(experiments, "perform", lambda run, _: performed.append(run))
+    experiments.main(dataclasses.replace(options, what="peers", list=True))
+    assert not performed and not (tmp_path / "mcnemar.csv").exists()
+    experiments.main(dataclasses.replace(options, what="peers"))
+    assert performed == runs
     rows = experiments.read(tmp_path / "mcnemar.csv")
     pairs = [(row["model A"], row["model B"]) for row in rows]
     others = [run.change for run in runs]
     assert pairs == [*((others[0], other) for other in others[1:]),
                      *((others[1], other) for other in others[2:])]  # fmt: skip
-    assert {row["p (Holm)"] for row in rows} == {"0.45"}  # nine tests, not the fifteen
+    assert [int(row["only A right"]) for row in rows] == [4, 8, 12, 16, 20, 4, 8, 12, 16]
+    assert {row["only B right"] for row in rows} == {"0"}
+    # Exact, two-sided: 2 / 2^20 for the pair of twenty, times nine tests, not the fifteen.
+    assert float(rows[4]["p (Holm)"]) == pytest.approx(9 * 2 / 2**20, rel=1e-2)
 
 
-def test_a_new_peer_undoes_the_comparison_which_is_made_again(options, tmp_path, monkeypatch):
-    compared, table = [], tmp_path / "mcnemar.csv"
-    monkeypatch.setattr(experiments, "perform", lambda *_: None)
-    monkeypatch.setattr(experiments, "compare", lambda runs, _: compared.append(len(runs)))
-    table.touch()
-    experiments.main(dataclasses.replace(options, what="peers"))
-    assert not compared
-    table.unlink()
-    experiments.main(dataclasses.replace(options, what="peers"))
-    experiments.main(dataclasses.replace(options, what="peers", list=True))
-    experiments.main(options)
-    assert compared == [6]
+def test_the_peers_figures_follow_from_the_pairs(tmp_path, monkeypatch):
+    """What results/ keeps of each pair gives View 2's column of peers.csv, and mcnemar.csv."""
+    results = experiments.RESULTS
+    shown = {row["change"]: row for row in experiments.read(results / "peers.csv")}
+    runs = [run for run in experiments.planned("peers") if run.change in shown]
+    if not runs:
+        pytest.skip("no peer was trained yet")
+    for run in runs:
+        folds = 100 * experiments.read_right(run).reshape(10, 600).mean(axis=1)
+        figures = (f"{folds.mean():.2f}", f"{folds.std(ddof=1):.2f}")
+        assert figures == (shown[run.change]["view2"], shown[run.change]["view2_std"])
+    if (results / "mcnemar.csv").exists():
+        shutil.copytree(results / "right", tmp_path / "right")
+        monkeypatch.setattr(experiments, "RESULTS", tmp_path)
+        experiments.compare(list(experiments.planned("peers")))
+        assert (tmp_path / "mcnemar.csv").read_bytes() == (results / "mcnemar.csv").read_bytes()
 
 
 def test_the_minutes_of_a_stopped_run_count(tmp_path):

@@ -1,5 +1,6 @@
 """From pairs to report, on drawn crops. Run: python -m pytest tests/test_lfw_eval.py"""
 
+import csv
 import dataclasses
 import json
 import os
@@ -65,7 +66,7 @@ def linked(data: Path, folder: Path) -> Path:
 def test_the_report_is_complete(report):
     assert {path.name for path in report.iterdir()} == {
         "embeddings.safetensors", "eval.json", "run.json", "theta_dist.png", "roc.png",
-        "report.html",
+        "report.html", "pairs.csv",
     }  # fmt: skip
     run = json.loads((report / "run.json").read_text())
     assert {"date", "commit", "hardware", "options", "photos_per_second"} <= set(run)
@@ -110,6 +111,20 @@ def test_the_numbers_are_those_of_a_loop_over_the_pairs(prepared, report):
         angles[same].mean(), abs=1e-3
     )
     assert result["tar_at_far"]["1e-2"] is None  # 40 impostor pairs cannot tell
+
+    with open(report / "pairs.csv", newline="") as file:
+        listed = list(csv.DictReader(file))
+    assert [row["same"] == "1" for row in listed] == same.tolist()
+    assert [float(row["theta_degrees"]) for row in listed] == pytest.approx(angles, abs=1e-3)
+    limits = folds.threshold[np.arange(len(same)) // (2 * PER_FOLD)]
+    assert [float(row["threshold_degrees"]) for row in listed] == pytest.approx(limits, abs=1e-3)
+    right = [row["judged_right"] == "1" for row in listed]
+    assert right == ((angles < limits) == same).tolist()
+    assert np.mean(right) == pytest.approx(result["accuracy"]["mean"])
+    cells = (prepared / "pairs.txt").read_text().splitlines()[1].split("\t")
+    assert [listed[0][side] for side in ("left", "right")] == [
+        f"{cells[0]}/{cells[0]}_{int(number):04d}.jpg" for number in cells[1:]
+    ]
 
 
 def test_row_40_a_second_run_is_byte_identical_and_embeds_nothing(
