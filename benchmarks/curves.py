@@ -3,7 +3,7 @@
     python benchmarks/curves.py
 
 A panel a group of runs: accuracy on people held out of training, after each epoch, over the photos
-seen so far. Runs that differ by their seed alone have one colour.
+seen so far. Of runs that differ by their seed alone, the mean.
 """
 
 import sys
@@ -12,6 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts
 
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
@@ -38,30 +39,40 @@ def main(_: Options) -> None:
 
 
 def figure(groups: dict[str, list[Run]]) -> Figure:
-    rows = -(-len(groups) // 2)
-    drawn = Figure(figsize=(9.6, 3.4 * rows), layout="constrained")
+    drawn = Figure(figsize=(9.6, 3.2 * len(groups)), layout="constrained")
     for place, (what, runs) in enumerate(groups.items()):
-        axes = drawn.add_subplot(rows, min(2, len(groups)), place + 1)
+        axes = drawn.add_subplot(len(groups), 1, place + 1)
         plots.dress(axes)
-        first = {run.change: run for run in reversed(runs)}  # the one that the legend shows
-        changes = list(dict.fromkeys(run.change for run in runs))
-        for run in runs:
-            curve, number = read(run.curves), changes.index(run.change)
+        for number, change in enumerate(dict.fromkeys(run.change for run in runs)):
+            seen, scores = mean_curve([run for run in runs if run.change == change])
             axes.plot(
-                [int(row["photos_seen"]) for row in curve],
-                [float(row["validation"]) for row in curve],
+                seen,
+                scores,
                 color=plots.PAPER[plots.CURVES[number % len(plots.CURVES)]],
                 linestyle=plots.DASHES[number // len(plots.CURVES) % len(plots.DASHES)],
                 linewidth=1.1,
-                label=run.change if run is first[run.change] else None,
+                label=change,
             )
         axes.set_title(what, loc="left", fontsize=10)
         axes.set_xlabel("photos seen")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1000:,.0f} k"))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
         axes.grid(color=plots.PAPER["line"], linewidth=0.6)
-        plots.legend(axes, "lower right")
+        plots.legend(axes, "center left", bbox_to_anchor=(1.01, 0.5))
     return drawn
+
+
+def mean_curve(runs: list[Run]) -> tuple[np.ndarray, np.ndarray]:
+    """Photos seen and accuracy, at the epochs' ends of the first: a seed's set is a little larger
+    or smaller than another's."""
+    curves = [
+        np.array(
+            [(float(row["photos_seen"]), float(row["validation"])) for row in read(run.curves)]
+        )
+        for run in runs
+    ]
+    seen = curves[0][:, 0]
+    return seen, np.mean([np.interp(seen, curve[:, 0], curve[:, 1]) for curve in curves], axis=0)
 
 
 if __name__ == "__main__":

@@ -22,23 +22,32 @@ def put(run: Run, scores: list[float]) -> None:
     write(run.curves, HEAD, rows)
 
 
-def test_a_panel_a_group_a_line_a_run_a_colour_a_change(results):
+def test_a_panel_a_group_a_line_a_change(results):
     final, ablations = list(planned("final")), list(planned("ablations"))
     for number, run in enumerate([*final, *ablations]):
         put(run, [50.0, 60.0 + number])
     drawn = curves.figure({"final": final, "ablations": ablations})
     one, other = drawn.axes
-    assert len(one.lines) == len(final) and len(other.lines) == len(ablations)
+    changes = list(dict.fromkeys(run.change for run in ablations))
+    assert len(one.lines) == 2 and len(other.lines) == len(changes)
     assert list(one.lines[0].get_xdata()) == [0, 100]
-    assert list(one.lines[1].get_ydata()) == [50.0, 61.0]
-    assert one.lines[0].get_color() == one.lines[1].get_color()
-    shown = [text.get_text() for text in other.get_legend().get_texts()]
-    assert shown == list(dict.fromkeys(run.change for run in ablations))
-    looks = {run.change: set() for run in ablations}
-    for run, line in zip(ablations, other.lines, strict=True):
-        looks[run.change].add((line.get_color(), line.get_linestyle()))
-    assert all(len(found) == 1 for found in looks.values())
-    assert len(set.union(*looks.values())) == len(looks)
+    assert list(one.lines[0].get_ydata()) == [50.0, 60.5]  # the mean of two seeds
+    assert list(one.lines[1].get_ydata()) == [50.0, 62.0]
+    assert [text.get_text() for text in other.get_legend().get_texts()] == changes
+    looks = {(line.get_color(), line.get_linestyle()) for line in other.lines}
+    assert len(looks) == len(changes)
+
+
+def test_a_seed_with_another_number_of_photos_is_read_at_the_first_ones(results):
+    runs = list(planned("final"))[:2]
+    head = HEAD[:2]
+    for run, step in zip(runs, (100, 50), strict=True):
+        run.curves.parent.mkdir(exist_ok=True)
+        write(run.curves, head, [dict(zip(head, (step * k, 10.0 * k), strict=True))
+                                 for k in range(4)])  # fmt: skip
+    seen, scores = curves.mean_curve(runs)
+    assert seen.tolist() == [0, 100, 200, 300]
+    assert scores.tolist() == [0.0, 15.0, 25.0, 30.0]
 
 
 def test_runs_that_are_not_done_are_left_out(results):
