@@ -7,8 +7,10 @@ links to each model's own report.
 import csv
 import io
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+import numpy as np
 
 import plots
 import report
@@ -20,6 +22,7 @@ from verification_set import VerificationSet
 COLUMNS = ("model", "accuracy", "std", "95 % interval", "TAR@1e-3", "TAR@1e-2", "EER", "AUC",
            "d'", "tuned on test pairs")  # fmt: skip
 TESTS = ("model A", "model B", "only A right", "only B right", "test", "p", "p (Holm)")
+Judged = tuple[str, np.ndarray]  # a model's name, and bool (N,): which pairs it judged rightly
 
 
 def write(out: Path, tests: VerificationSet, models: list[Scores], run: dict) -> None:
@@ -76,14 +79,18 @@ def machine_rows(models: list[Scores]) -> list[list[object]]:
 
 
 def mcnemar_rows(models: list[Scores]) -> list[list[str]]:
-    pairs = list(itertools.combinations(models, 2))
-    tests = [significance.mcnemar(a.right, b.right) for a, b in pairs]
+    return tests_of(itertools.combinations([(model.name, model.right) for model in models], 2))
+
+
+def tests_of(pairs: Iterable[tuple[Judged, Judged]]) -> list[list[str]]:
+    """McNemar's test of each two, adjusted for as many tests as there are."""
+    pairs = list(pairs)
+    tests = [significance.mcnemar(a, b) for (_, a), (_, b) in pairs]
     adjusted = significance.holm([test.p for test in tests])
     return [
-        [a.name, b.name, str(test.only_a), str(test.only_b), test.method, f"{test.p:.3g}",
-         f"{p:.3g}"]
-        for (a, b), test, p in zip(pairs, tests, adjusted, strict=True)
-    ]  # fmt: skip
+        [a, b, str(test.only_a), str(test.only_b), test.method, f"{test.p:.3g}", f"{p:.3g}"]
+        for ((a, _), (b, _)), test, p in zip(pairs, tests, adjusted, strict=True)
+    ]
 
 
 # --- formats --------------------------------------------------------------------------------------

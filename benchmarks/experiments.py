@@ -40,7 +40,6 @@ import comparison
 import config
 import data_gen
 import manifest
-import significance
 import train
 import training_curves
 from benchmarks import peers, trials
@@ -322,18 +321,11 @@ def read_right(run: Run) -> np.ndarray:
 
 def compare(runs: list[Run]) -> None:
     """McNemar's test of each run of ours against each of the others, on the same pairs."""
-    right = [read_right(run) for run in runs]
-    compared = [
-        (a, b) for a, b in itertools.combinations(range(len(runs)), 2)
-        if runs[a].words[: len(OURS)] == OURS
-    ]  # fmt: skip
-    tests = [significance.mcnemar(right[a], right[b]) for a, b in compared]
-    adjusted = significance.holm([test.p for test in tests])
-    rows = [
-        [runs[a].change, runs[b].change, test.only_a, test.only_b, test.method, f"{test.p:.3g}",
-         f"{p:.3g}"]
-        for (a, b), test, p in zip(compared, tests, adjusted, strict=True)
-    ]  # fmt: skip
+    right = [(run.change, read_right(run)) for run in runs]
+    ours = [run.words[: len(OURS)] == OURS for run in runs]
+    rows = comparison.tests_of(
+        (right[a], right[b]) for a, b in itertools.combinations(range(len(runs)), 2) if ours[a]
+    )
     checkpoint.write_atomic(
         RESULTS / "mcnemar.csv", comparison.as_csv([list(comparison.TESTS), *rows])
     )
