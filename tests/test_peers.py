@@ -84,6 +84,9 @@ def test_the_reference_network_is_the_described_one():
     slopes += [block.body[6].layers[1] for block in net.blocks]
     assert len(slopes) == 17 and all(slope.weight.numel() == 1 for slope in slopes)
     assert all(block.body[6].layers[0].bias.numel() for block in net.blocks)
+    small = peers.ReferenceNet(dataclasses.replace(options, width=0.25))
+    linear = [module for module in small.modules() if isinstance(module, torch.nn.Linear)]
+    assert len(linear) == 2 * 8 + 1 and not any(layer.bias.any() for layer in linear)
     with torch.device("meta"):
         deep = peers.ReferenceNet(dataclasses.replace(options, network="r50"))
     assert len(deep.blocks) == 3 + 4 + 6 + 3
