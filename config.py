@@ -147,8 +147,8 @@ class TrainOptions:
     width: float = option(1.0, "multiplies the channels; 1.0 is the published net", above=0, high=4)
     resolution: int = option(
         112,
-        "side in pixels to which the network shrinks the crops, a multiple of 16; 64 trains three "
-        "times as fast",
+        "side in pixels to which the network shrinks the crops, a multiple of 16; 64 trains over "
+        "twice as fast",
         low=16,
         high=112,
     )

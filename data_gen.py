@@ -285,7 +285,7 @@ def augment(
 
     `growing` is strong at the start of a run and heavy at its end; `done` of it, 0 to 1, is over.
     Early on, a network that knows no face yet learns little from what heavy leaves of one; later
-    on, it knows what strong shows it by heart (README, "How the recipe for two cores is found").
+    on, it knows what strong shows it by heart (README, "How the CPU recipe was chosen").
     """
     if kind == "none":
         return image

@@ -23,31 +23,20 @@ def put(run: Run, scores: list[float]) -> None:
 
 
 def test_a_panel_a_group_a_line_a_change(results):
+    """All of one seed: each holds out other people."""
     final, ablations = list(planned("final")), list(planned("ablations"))
     for number, run in enumerate([*final, *ablations]):
         put(run, [50.0, 60.0 + number])
-    drawn = curves.figure({"final": final, "ablations": ablations})
+    drawn = curves.figure({"final": curves.of_seed_0(final), "abl": curves.of_seed_0(ablations)})
     one, other = drawn.axes
     changes = list(dict.fromkeys(run.change for run in ablations))
-    assert len(one.lines) == 2 and len(other.lines) == len(changes)
+    assert [run.seed for run in final] == [0, 1, 0] and len(one.lines) == 2
+    assert len(other.lines) == len(changes)
     assert list(one.lines[0].get_xdata()) == [0, 100]
-    assert list(one.lines[0].get_ydata()) == [50.0, 60.5]  # the mean of two seeds
-    assert list(one.lines[1].get_ydata()) == [50.0, 62.0]
+    assert [list(line.get_ydata()) for line in one.lines] == [[50.0, 60.0], [50.0, 62.0]]
     assert [text.get_text() for text in other.get_legend().get_texts()] == changes
     looks = {(line.get_color(), line.get_linestyle()) for line in other.lines}
     assert len(looks) == len(changes)
-
-
-def test_a_seed_with_another_number_of_photos_is_read_at_the_first_ones(results):
-    runs = list(planned("final"))[:2]
-    head = HEAD[:2]
-    for run, step in zip(runs, (100, 50), strict=True):
-        run.curves.parent.mkdir(exist_ok=True)
-        write(run.curves, head, [dict(zip(head, (step * k, 10.0 * k), strict=True))
-                                 for k in range(4)])  # fmt: skip
-    seen, scores = curves.mean_curve(runs)
-    assert seen.tolist() == [0, 100, 200, 300]
-    assert scores.tolist() == [0.0, 15.0, 25.0, 30.0]
 
 
 def test_runs_that_are_not_done_are_left_out(results):
