@@ -37,7 +37,7 @@ weights: .venv/installed
 	$(BIN)/python train.py --data data/faces --recipe cpu $(if $(wildcard runs/cpu/last.pt runs/cpu/previous.pt),--resume)
 	@if [ -f data/lfw/pairs.txt ] && [ -f data/lfw/manifest.csv ]; then $(BIN)/python lfw_eval.py --data data/lfw --model runs/cpu; \
 	  else echo "LFW or its pairs.txt is not in data/lfw: no figure is taken (README, On real photos)"; fi
-	@cd runs/cpu && if [ -f export/recipe-cpu.md ]; then mv export/recipe-cpu.md export/earlier-card.md; fi
+	@cd runs/cpu && if [ -f export/recipe-cpu.md ]; then mv --backup=numbered export/recipe-cpu.md export/earlier-card.md; fi
 	$(BIN)/python export_onnx.py --model runs/cpu --half --name recipe-cpu
 
 clean-demo:

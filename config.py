@@ -271,7 +271,7 @@ class ExportOptions:
     model: Path | None = option(
         None,
         "run folder, .safetensors, or .pth of others (default: the run that train.py makes by "
-        "default)",
+        "default, runs/faces or runs/cpu, where trained, else the weights that ship)",
     )
     network: str | None = option(
         None, "that a .pth holds (default: told by its keys)", choices=NETWORKS
@@ -388,10 +388,20 @@ def default_run() -> Path:
 def default_model(*first: Path) -> Path:
     """The first of the runs that is finished, runs/faces and runs/cpu at last; or the shipped.
 
-    Those are what `--data data/faces` alone and `--recipe cpu` are called.
+    Those are what `--data data/faces` alone and `--recipe cpu` are called, and they count
+    where they are not of the drawn faces.
     """
-    runs = (*first, RUNS / "faces", RUNS / "cpu")
-    return next((run for run in runs if (run / "result.json").exists()), WEIGHTS)
+    own = [run for run in (RUNS / "faces", RUNS / "cpu") if not knows_drawn_faces(run)]
+    return next((run for run in (*first, *own) if (run / "result.json").exists()), WEIGHTS)
+
+
+def knows_drawn_faces(model: Path) -> bool:
+    """Whether a run was trained on the embedded faces, which say nothing about photos."""
+    try:
+        data = read_run(model).get("data")
+    except InputError:  # a file, or a run of which only the weights are left
+        return model == RUNS / "demo"
+    return data is not None and ROOT / str(data) == SYNTHETIC / "train"
 
 
 # --------------------------------------------------------------------------------------------------

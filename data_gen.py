@@ -338,7 +338,7 @@ def _colour(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _erase(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A rectangle in a plain colour, 16 to 55 px a side, as a hand or a microphone covers one."""
+    """A plain rectangle, 16 to 55 px a side, cut off at the rim: a hand covers a face so."""
     height, width = rng.integers(SIDE // 7, SIDE // 2, size=2)
     top, left = rng.integers(-8, SIDE - 8, size=2)
     image = image.copy()

@@ -55,11 +55,12 @@ MOST_BYTES = 2_000_000_000  # protobuf's limit of a file
 
 
 def main(options: ExportOptions) -> None:
+    utils.commit()  # as it is now
     if options.threads:
         torch.set_num_threads(options.threads)
     model = options.model
     if model is None:
-        model = config.default_run()
+        model = config.default_model(config.default_run())
         print(f"no --model named: using {one_line(str(model))}")
     utils.check_foreign((model,), options.network)
     source = utils.model_file(model)
@@ -194,15 +195,20 @@ def write(out: Path, name: str, files: dict[str, bytes], card: str, source: Path
     """The sums come last: while they are absent, the folder is not complete.
 
     They leave the card out, which people edit. Raises InputError, before anything is written: it
-    would go over the weights themselves, or over a card with other words.
+    would go over the weights themselves, or over a card with other words, or lie beside the graph
+    of an earlier export.
     """
-    page = out / f"{name}.md"
+    page, graph = out / f"{name}.md", f"{name}.onnx"
     if any((out / file).resolve() == source.resolve() for file in files):
         raise InputError(f"{source} would be written over: name another --out or --name")
     if page.exists() and page.read_bytes() != card.encode():
         raise InputError(
             f"{page} is not the card that would be written (edited, or of other weights): move it "
             "away, or name another --out or --name"
+        )
+    if graph not in files and (out / graph).exists():
+        raise InputError(
+            f"{out / graph} is of an earlier export: move it away, or name another --out or --name"
         )
     embeddings.make_folder(out)
     sums = out / f"{name}.sha256"

@@ -59,6 +59,7 @@ class Model(NamedTuple):
 
 
 def main(options: config.EvalOptions) -> None:
+    utils.commit()  # as it is now: embedding takes minutes
     options = with_defaults(options)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -143,7 +144,7 @@ def with_defaults(options: config.EvalOptions) -> config.EvalOptions:
         model = (config.default_model(*demo_too),)
         print(f"no --model named: using {model[0]}")
     if data is None and not packed:
-        drawn = all(map(knows_drawn_faces, model))
+        drawn = all(map(config.knows_drawn_faces, model))
         data = config.SYNTHETIC / "test" if drawn else config.DATA / "lfw"
         what = "the embedded synthetic faces" if drawn else "LFW"
         print(f"no --data named: using {what}, {data}")
@@ -157,15 +158,6 @@ def with_defaults(options: config.EvalOptions) -> config.EvalOptions:
         )
     pairs = options.pairs or data / "pairs.txt"
     return dataclasses.replace(options, data=data, pairs=pairs, model=model)
-
-
-def knows_drawn_faces(model: Path) -> bool:
-    """Whether a run was trained on the embedded faces: what it is tested on by default then."""
-    try:
-        data = config.read_run(model).get("data")
-    except InputError:  # a file, or a run of which only the weights are left
-        return model == config.RUNS / "demo"
-    return data is not None and config.ROOT / str(data) == config.SYNTHETIC / "train"
 
 
 def name_models(options: config.EvalOptions, tests: VerificationSet) -> list[Model]:

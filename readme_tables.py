@@ -58,7 +58,10 @@ def fill(text: str, root: Path) -> str:
         if form is None or not path.is_file():
             raise InputError(f"README names {block[2]}, which is not there or has no form here")
         with open(path, newline="") as file:
-            return block[1] + form(list(csv.DictReader(file))) + block[3]
+            rows = list(csv.DictReader(file))
+        if not rows:
+            raise InputError(f"{block[2]} has no row")
+        return block[1] + form(rows) + block[3]
 
     return BLOCK.sub(table, text)
 

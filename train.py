@@ -78,7 +78,6 @@ FREE = (
     "log_every",
     "save_every",
     "device",
-    "amp",
     "threads",
     "recipe",
     "tensorboard",
@@ -99,10 +98,9 @@ def main(options: TrainOptions) -> int:
     if device.type == "cpu":
         utils.keep_freed_memory()
     torch.backends.cudnn.benchmark = True  # all batches have one shape
-    amp = pick_amp(options, device)
-    # Kept as what it is: a run that goes on without --compile, or elsewhere, keeps its precision.
-    options = replace(options, amp=AMPS[amp])
     run = options.runs / options.name
+    amp = pick_amp(with_precision_of(run, options), device)
+    options = replace(options, amp=AMPS[amp])
     state = open_run(run, options)
     if state == "finished":
         return 0
@@ -305,7 +303,10 @@ def check_options(options: TrainOptions, ranks: int) -> None:
     if options.resolution % 16:
         raise InputError(f"--resolution {options.resolution} is no multiple of 16: 48, 64, 80, ...")
     if options.compile and options.checkpointing:
-        raise InputError("--compile and --checkpointing do not go together: leave out one of them")
+        raise InputError(
+            "--compile and --checkpointing do not go together: say --no-compile, or leave out "
+            "--checkpointing"
+        )
     if options.compile and not utils.has_compiler():
         raise InputError(
             "--compile needs a C++ compiler (such as g++): install one, or say --no-compile, which "
@@ -329,6 +330,18 @@ def pick_amp(options: TrainOptions, device: torch.device) -> torch.dtype | None:
     if name == "fp16" and device.type == "cpu":
         raise InputError("--amp fp16 needs CUDA: on a CPU use --amp bf16 or --amp off")
     return next(kind for kind, called in AMPS.items() if called == name)
+
+
+def with_precision_of(run: Path, options: TrainOptions) -> TrainOptions:
+    """`auto` is what the run began with: it may go on without --compile, or on another device."""
+    if options.amp != "auto":
+        return options
+    try:
+        began_with = json.loads((run / "config.json").read_text())["precision"]
+    except (OSError, ValueError, KeyError, TypeError):  # a new run, or one that open_run refuses
+        return options
+    named = {str(kind or torch.float32): name for kind, name in AMPS.items()}
+    return replace(options, amp=named.get(began_with, "auto"))
 
 
 def open_run(run: Path, options: TrainOptions) -> str:
@@ -360,9 +373,11 @@ def open_run(run: Path, options: TrainOptions) -> str:
 def changes(old: dict[str, object], new: dict[str, object]) -> dict[str, object]:
     """What a run was started with, where it is not the same now and must be.
 
-    An option that is newer than the run had its default.
+    An option that is newer than the run had its default; `--amp auto` is what the run has.
     """
     old = {**config.plain(TrainOptions()), **old}
+    if "auto" in (old["amp"], new["amp"]):
+        old["amp"] = new["amp"]
     return {key: old[key] for key in new if key not in FREE and old[key] != new[key]}
 
 

@@ -290,8 +290,9 @@ def explained(error: Exception, options: TrainOptions, device: torch.device) -> 
         photos = options.batch_size // distributed.ranks() // options.accumulate
         return InputError(
             f"out of memory at {photos} photos a pass, {peak:.1f} GB at the peak ({said[:100]}): "
-            f"go on with --resume --checkpointing; or choose another --name with twice the "
-            "--accumulate or a smaller --batch-size; what was saved is kept",
+            f"go on with --resume --checkpointing{' --no-compile' * options.compile}; or choose "
+            "another --name with twice the --accumulate or a smaller --batch-size; what was saved "
+            "is kept",
             local=True,
         )
     if distributed.lost(error):

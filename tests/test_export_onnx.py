@@ -289,6 +289,17 @@ def test_bad_input_is_refused(exported, run, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+def test_weights_alone_are_not_put_beside_the_graph_of_an_earlier_export(run, tmp_path):
+    export_onnx.main(ExportOptions(model=run, out=tmp_path, name="n"))
+    (tmp_path / "n.md").unlink()  # as the refusal over a card advises
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(InputError, match=r"n\.onnx is of an earlier export: move it away"):
+        export_onnx.main(ExportOptions(model=run, out=tmp_path, name="n", half=True))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    (tmp_path / "n.onnx").unlink()
+    export_onnx.main(ExportOptions(model=run, out=tmp_path, name="n", half=True))
+
+
 def test_a_stop_while_writing_leaves_no_sums(run, tmp_path, monkeypatch):
     export_onnx.main(ExportOptions(model=run, out=tmp_path))
     real = checkpoint.write_atomic

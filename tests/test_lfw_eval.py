@@ -381,6 +381,10 @@ def test_the_default_model_is_the_own_one_or_the_one_that_ships(tmp_path, monkey
     assert model(data=lfw) == (runs / "cpu",)
     (runs / "faces/result.json").touch()
     assert model(data=lfw) == (runs / "faces",)
+    drawn = config.plain(config.TrainOptions(data=config.SYNTHETIC / "train"))
+    for name, left in (("faces", runs / "cpu"), ("cpu", config.WEIGHTS)):
+        (runs / name / "config.json").write_text(json.dumps({"options": drawn}))
+        assert model(data=lfw) == (left,)  # drawn faces, by whatever name
 
 
 def test_the_default_set_is_what_the_run_was_trained_for(tmp_path, monkeypatch):

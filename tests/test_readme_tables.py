@@ -58,6 +58,15 @@ def test_a_table_without_its_csv_is_refused(tmp_path):
         readme_tables.fill(text, tmp_path)
 
 
+def test_a_csv_without_a_row_is_refused(tmp_path):
+    (tmp_path / "results").mkdir()
+    for name in readme_tables.FORMS:
+        (tmp_path / f"results/{name}.csv").write_text("change,seed\n")
+        text = f"<!-- table: results/{name}.csv -->\n<!-- end of table -->"
+        with pytest.raises(InputError, match=rf"results/{name}\.csv has no row"):
+            readme_tables.fill(text, tmp_path)
+
+
 def test_measured_rows_say_how_and_published_ones_say_where():
     for row in rows("lfw"):
         assert re.fullmatch(r"\d\d\.\d\d", row["accuracy"]) and row["protocol"] and row["note"]

@@ -176,10 +176,24 @@ def test_code_that_ended_before_a_checkpoint_has_trained_nothing(tmp_path):
     assert train.commits(tmp_path) == f"abc1234, {utils.commit()}"
 
 
-def test_a_run_keeps_the_precision_that_it_began_with(finished):
-    _, run = finished
-    words = ["--resume", "--runs", str(run.parent), "--name", run.name, "--compile"]
-    assert config.parse(TrainOptions, "", words).amp == "off"  # where auto would take bf16
+@pytest.mark.parametrize("stored", ["auto", "bf16"])  # as of a run from before, and as of now
+def test_a_run_keeps_the_precision_that_it_began_with(options, monkeypatch, stored):
+    """Also where `auto`, as of a command without --name, would take another one now."""
+    options = dataclasses.replace(options, epochs=1, save_every=4, amp="bf16")
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_json", skip_result(checkpoint.write_json))
+        train.main(options)
+    run = options.runs / "r"
+    content = json.loads((run / "config.json").read_text())
+    content["options"]["amp"] = stored
+    (run / "config.json").write_text(json.dumps(content))
+    again = dataclasses.replace(options, amp="auto", resume=True)
+    assert train.pick_amp(again, torch.device("cpu")) is None
+    assert train.main(again) == 0
+    told = json.loads((run / "config.json").read_text())
+    assert (told["options"]["amp"], told["precision"]) == ("bf16", "torch.bfloat16")
+    with pytest.raises(InputError, match="amp bf16, now off"):
+        train.main(dataclasses.replace(options, amp="off"))
 
 
 def test_a_finished_run_says_so_and_other_options_are_refused(finished, capsys):
