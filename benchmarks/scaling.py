@@ -8,11 +8,13 @@ in 6,000 pairs (binomial), and chance in training (the spread over seeds of "the
 results/ablations.csv, itself uncertain for few seeds). It is fitted without a floor (c = 0: the
 best that can be hoped for) and with any floor from 0 up; the bands come from fits to points drawn
 anew. In simulations of such runs, with and without a floor, both together hold the truth in nine
-of ten (tests/test_scaling.py).
+of ten (tests/test_scaling.py). It is fitted without the smallest set, too, to tell how much hangs
+on that one.
 
 What no band holds: that fewer people may mean more chance in training than "the recipe" shows,
 which people were drawn, that the same pairs measure all points, and all that is kept as it is: the
-network, the photos seen (more people, fewer passes), the photos a person.
+network, the photos a person. All points are of the same number of photos seen, so that a law beyond
+them supposes a training that grows with the number of people.
 
 Legend of shapes: K points, D draws, G numbers of identities.
 """
@@ -163,7 +165,10 @@ def main(_: Options) -> None:
     identities, error = numbers(table, rows, "identities"), 1 - numbers(table, rows, "view2") / 100
     law = fit(identities, error, spread, len(seeds))
     floored = fit(identities, error, spread, len(seeds), FLOORS)
-    print("\n".join(said(law, floored)))
+    larger = identities > identities.min()
+    without = fit(identities[larger], error[larger], spread, len(seeds))
+    laws = {"no floor": law, "a floor allowed": floored, "no floor, no smallest set": without}
+    print("\n".join(said(name, one) for name, one in laws.items()))
     drawn = figure(identities, error, law, floored)
     plots.save_png(drawn, OUT, "LFW error over the number of people")
     print(f"wrote {OUT}")
@@ -177,21 +182,18 @@ def numbers(path: Path, rows: list[dict[str, str]], column: str) -> np.ndarray:
         raise InputError(f"{path}: no number in column {column}: mend the row") from error
 
 
-def said(law: Fit, floored: Fit) -> list[str]:
-    """What both laws give, a line each."""
-    lines = []
-    for name, one in (("no floor", law), ("a floor allowed", floored)):
-        low, middle, high = 100 * (1 - one.error(MS_CELEB)[::-1])
-        b, c = np.quantile(one.b, BAND), 100 * np.quantile(one.c, BAND)
-        needed = one.identities(1 - TARGET / 100)
-        fewest, about, most = (rounded(n) for n in np.quantile(needed, BAND, method="nearest"))
-        floor = f", floor {c[1]:.1f} % ({c[0]:.1f} to {c[2]:.1f})" if c.any() else ""
-        lines.append(
-            f"{name}: exponent {b[1]:.2f} ({b[0]:.2f} to {b[2]:.2f}){floor}; {middle:.1f} % "
-            f"({low:.1f} to {high:.1f}) at {MS_CELEB:,} identities; {TARGET} %: {about} "
-            f"({fewest} to {most}), never in {100 * np.isinf(needed).mean():.0f} % of the fits"
-        )
-    return lines
+def said(name: str, law: Fit) -> str:
+    """What a law gives."""
+    low, middle, high = 100 * (1 - law.error(MS_CELEB)[::-1])
+    b, c = np.quantile(law.b, BAND), 100 * np.quantile(law.c, BAND)
+    needed = law.identities(1 - TARGET / 100)
+    fewest, about, most = (rounded(n) for n in np.quantile(needed, BAND, method="nearest"))
+    floor = f", floor {c[1]:.1f} % ({c[0]:.1f} to {c[2]:.1f})" if c.any() else ""
+    return (
+        f"{name}: exponent {b[1]:.2f} ({b[0]:.2f} to {b[2]:.2f}){floor}; {middle:.1f} % "
+        f"({low:.1f} to {high:.1f}) at {MS_CELEB:,} identities; {TARGET} %: {about} "
+        f"({fewest} to {most}), never in {100 * np.isinf(needed).mean():.0f} % of the fits"
+    )
 
 
 def rounded(identities: float) -> str:

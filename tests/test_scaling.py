@@ -1,9 +1,13 @@
 """The scaling law of results/scaling.csv. Run: python -m pytest tests/test_scaling.py"""
 
+import itertools
+
 import numpy as np
 import pytest
 
+import config
 from benchmarks import scaling
+from benchmarks.experiments import read
 from config import InputError
 
 PEOPLE = np.array([375.0, 750, 1500, 3000])
@@ -70,11 +74,17 @@ def test_more_chance_in_training_makes_it_wider():
 
 
 def test_an_error_that_does_not_fall_never_reaches_the_target():
-    laws = [
-        scaling.fit(PEOPLE, np.array([0.2, 0.21, 0.2, 0.205]), 0.0, MANY, floors)
-        for floors in (scaling.FLOORS[:1], scaling.FLOORS)
-    ]
-    assert all("to never)" in line for line in scaling.said(*laws))
+    for floors in (scaling.FLOORS[:1], scaling.FLOORS):
+        law = scaling.fit(PEOPLE, np.array([0.2, 0.21, 0.2, 0.205]), 0.0, MANY, floors)
+        assert "to never)" in scaling.said("a name", law)
+
+
+def test_the_runs_saw_as_many_photos_and_other_numbers_of_people():
+    rows = read(config.ROOT / "results/scaling.csv")
+    seen = [int(row["photos_seen"]) for row in rows]
+    assert max(seen) < 1.02 * min(seen)
+    people = [int(row["identities"]) for row in rows]
+    assert all(more > 1.9 * fewer for fewer, more in itertools.pairwise(sorted(people)))
 
 
 def test_numbers_of_people_are_given_to_one_digit():
@@ -100,7 +110,9 @@ def test_the_picture_is_drawn_from_the_rows(tmp_path, monkeypatch, capsys):
         scaling.main(scaling.Options())
     again.write_text(seeds + "the recipe,86.55\n")
     scaling.main(scaling.Options())
-    assert "no floor: exponent 0.40" in capsys.readouterr().out
+    told = capsys.readouterr().out.splitlines()
+    assert told[0].startswith("no floor: exponent 0.40") and "floor allowed: exponent" in told[1]
+    assert told[2].startswith("no floor, no smallest set: exponent 0.4")
     assert (tmp_path / "scaling.png").stat().st_size > 20_000
     table.write_text("identities,view2\n" + "".join(lines) + "6000,\n")
     with pytest.raises(InputError, match=r"scaling\.csv: no number in column view2"):
