@@ -336,12 +336,8 @@ def with_precision_of(run: Path, options: TrainOptions) -> TrainOptions:
     """`auto` is what the run began with: it may go on without --compile, or on another device."""
     if options.amp != "auto":
         return options
-    try:
-        began_with = json.loads((run / "config.json").read_text())["precision"]
-    except (OSError, ValueError, KeyError, TypeError):  # a new run, or one that open_run refuses
-        return options
     named = {str(kind or torch.float32): name for kind, name in AMPS.items()}
-    return replace(options, amp=named.get(began_with, "auto"))
+    return replace(options, amp=named.get(said_before(run, "precision"), "auto"))
 
 
 def open_run(run: Path, options: TrainOptions) -> str:
@@ -420,13 +416,18 @@ def write_config(
 
 def commits(run: Path) -> str:
     """This one, after those that trained the run so far."""
-    earlier = []
+    earlier = (
+        said_before(run, "commit") if checkpoint.exists(run) else ""
+    )  # else it trained nothing
+    return ", ".join(dict.fromkeys([*filter(None, earlier.split(", ")), utils.commit()]))
+
+
+def said_before(run: Path, key: str) -> str:
+    """What config.json says beside the options; empty for a new run, or where it is damaged."""
     try:
-        if checkpoint.exists(run):  # else what is there trained nothing
-            earlier = str(json.loads((run / "config.json").read_text())["commit"]).split(", ")
+        return str(json.loads((run / "config.json").read_text())[key])
     except (OSError, ValueError, KeyError, TypeError):
-        pass
-    return ", ".join(dict.fromkeys([*earlier, utils.commit()]))
+        return ""
 
 
 def options_table(options: TrainOptions) -> str:

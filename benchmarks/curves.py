@@ -44,7 +44,7 @@ def of_seed_0(runs: Iterable[Run]) -> list[Run]:
 
 
 def figure(groups: dict[str, list[Run]]) -> Figure:
-    drawn = Figure(figsize=(9.6, 3.2 * len(groups)), layout="constrained")
+    drawn = Figure(figsize=(9.6, 2.6 * len(groups)), layout="constrained")
     for place, (what, runs) in enumerate(groups.items()):
         axes = drawn.add_subplot(len(groups), 1, place + 1)
         plots.dress(axes)

@@ -176,6 +176,12 @@ def test_code_that_ended_before_a_checkpoint_has_trained_nothing(tmp_path):
     assert train.commits(tmp_path) == f"abc1234, {utils.commit()}"
 
 
+def test_a_run_that_is_named_keeps_its_precision(finished):
+    _, run = finished
+    words = ["--resume", "--runs", str(run.parent), "--name", run.name, "--compile"]
+    assert config.parse(TrainOptions, "", words).amp == "off"  # where auto would take bf16
+
+
 @pytest.mark.parametrize("stored", ["auto", "bf16"])  # as of a run from before, and as of now
 def test_a_run_keeps_the_precision_that_it_began_with(options, monkeypatch, stored):
     """Also where `auto`, as of a command without --name, would take another one now."""
