@@ -102,6 +102,7 @@ CHANGES = {
     "s 64, m 0.5": ("--s", "64", "--m", "0.5"),
     "straight-through gradient": (*THEIRS, "straight-through"),
 }
+GROWN = (*TRIED, "grown", "--resolution", "112", "--epochs", "7")
 CANDIDATES = {  # one seed each: what does not pay at once is not followed up
     "label smoothing 0.1": (*TRIED, "smoothed"),
     "three centres an identity": (*TRIED, "subcentres"),
@@ -110,6 +111,8 @@ CANDIDATES = {  # one seed each: what does not pay at once is not followed up
     "batches of 256, accumulated": (*OURS, "--batch-size", "256", "--accumulate", "4"),
     "deeper and narrower: r34, width 0.375": (*OURS, "--network", "r34", "--width", "0.375"),
     "embeddings of 512 numbers": (*OURS, "--embedding-size", "512"),
+    "64 px, in the last quarter 112 px, in the same time": GROWN,
+    "from ten passes over drawn faces": (*TRIED, "drawn"),
 }
 LIKE_OURS = ("--lr", "0.1", "--lr-batch", "64")
 PEERS = {
@@ -130,10 +133,9 @@ def planned(what: str) -> Iterator[Run]:
     if what in ("ablations", "all"):
         for seed, (change, words) in itertools.product((0, 1, 2), CHANGES.items()):
             script = words if words[:1] == THEIRS[:1] else (*OURS, *words)
-            length = () if "--epochs" in words else ("--epochs", str(SHORT))
-            yield Run("ablations", change, seed, (*script, *length))
+            yield Run("ablations", change, seed, (*script, *length_of(words)))
         for change, words in CANDIDATES.items():
-            yield Run("ablations", change, 0, (*words, "--epochs", str(SHORT)))
+            yield Run("ablations", change, 0, (*words, *length_of(words)))
     if what in ("peers", "all"):
         for change, words in PEERS.items():
             yield Run("peers", change, 0, (*words, "--epochs", str(SHORT)))
@@ -141,6 +143,10 @@ def planned(what: str) -> Iterator[Run]:
         for part, passes in PASSES.items():
             length = ("--epochs", str(passes), "--val-identities", str(HELD_OUT))
             yield Run("scaling", f"1 of {part}", 0, (*OURS, *length), part)
+
+
+def length_of(words: Sequence[str]) -> tuple[str, ...]:
+    return () if "--epochs" in words else ("--epochs", str(SHORT))
 
 
 # --------------------------------------------------------------------------------------------------

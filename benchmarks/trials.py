@@ -7,6 +7,13 @@ smoothed       label smoothing of 0.1
 subcentres     three centres an identity, the nearest counts (Deng et al. 2020)
 balanced       identities drawn by the root of their number of photos
 annealed       the margin rises from 0 in the first half of the run
+grown          crops are shrunk to 64 px but for the last quarter of the run, with --resolution 112
+drawn          ten passes over drawn faces first, whose backbone it starts from (--init)
+
+The drawn faces, of other people than the demo's, lie in data/drawn:
+
+    python -c "import synthetic_faces as s; s.write_set('data/drawn-raw', range(5000, 6500), 8, 1)"
+    python pre_process.py --src data/drawn-raw --out data/drawn
 
 All other options are those of train.py. What paid is an option there; results/trials.csv (the
 average) and results/ablations.csv (the others) say what did not. Such a run can't go on after a
@@ -15,6 +22,7 @@ stop: the parts here are in no checkpoint.
 Legend of shapes: N photos, C identities, E embedding size, K centres an identity.
 """
 
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -31,9 +39,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+import checkpoint
 import config
 import data_gen
 import job
+import manifest
+import models
 import train
 import training_step
 from arcface import ArcMarginHead
@@ -43,8 +54,10 @@ from config import RECIPES, InputError, TrainOptions
 SHARE = 0.05  # of the run: the time constant of the average
 SMOOTHING = 0.1
 CENTRES = 3
+SMALL = 64  # pixels
+DRAWN, DRAWN_EPOCHS = config.DATA / "drawn", 10
 TRIALS = dict.fromkeys(
-    ("averaged", "smoothed", "subcentres", "balanced", "annealed"), RECIPES["cpu"]
+    ("averaged", "smoothed", "subcentres", "balanced", "annealed", "grown", "drawn"), RECIPES["cpu"]
 )
 
 
@@ -53,6 +66,10 @@ def main(options: TrainOptions) -> int:
         raise InputError("a trial takes no --resume, --head sharded or other --margin")
     if options.easy_margin or job.ranks() > 1:
         raise InputError("a trial takes no --easy-margin and runs as one process, without torchrun")
+    if options.recipe == "grown" and (options.resolution <= SMALL or options.network == "mbf"):
+        raise InputError(f"this trial takes a --resolution above {SMALL}, and no --network mbf")
+    if options.recipe == "drawn":
+        return drawn_first(options)
     with ExitStack() as stack:
         for module, name, part in parts(options):
             stack.enter_context(mock.patch.object(module, name, part))
@@ -63,6 +80,12 @@ def parts(options: TrainOptions) -> list[tuple[ModuleType, str, object]]:
     """What takes the place of what in the training loop."""
     loop = Loop(options)
     found = {
+        "drawn": [],
+        "grown": [
+            (training_step, "new_backbone", stretching_backbone),
+            (train, "backward", loop.backward_grown),
+            (train, "validate", loop.validate_whole),
+        ],
         "averaged": [(train, "update", loop.update), (train, "validate", loop.validate)],
         "smoothed": [(training_step.F, "cross_entropy", smoothed)],
         "subcentres": [(training_step, "make_head", SubCentres.of)],
@@ -75,6 +98,7 @@ def parts(options: TrainOptions) -> list[tuple[ModuleType, str, object]]:
 # The parts that are replaced, and still called.
 TRAIN, UPDATE, VALIDATE, BACKWARD = train.train, train.update, train.validate, train.backward
 MAKE_LOADER, CROSS_ENTROPY = data_gen.make_loader, F.cross_entropy
+NEW_BACKBONE = training_step.new_backbone
 
 
 def smoothed(*inputs, **options) -> Tensor:  # no partial: --compile asks for a __name__
@@ -107,6 +131,50 @@ class Loop:
     def backward(self, net: training_step.Net, batch: data_gen.Batch, step: int, *rest):
         net.head.m = self.options.m * min(1.0, 2 * step / self.steps)
         return BACKWARD(net, batch, step, *rest)
+
+    def backward_grown(self, net: training_step.Net, batch: data_gen.Batch, step: int, *rest):
+        whole = 4 * step >= 3 * self.steps
+        see(net, self.options.resolution if whole else SMALL)
+        return BACKWARD(net, batch, step, *rest)
+
+    def validate_whole(self, run: Path, net: training_step.Net, *rest) -> float:
+        see(net, self.options.resolution)
+        return VALIDATE(run, net, *rest)
+
+
+def see(net: training_step.Net, side: int) -> None:
+    """Let it shrink the crops to this side from now on."""
+    if net.backbone.shrink.resolution != side:
+        net.backbone.shrink = models.Shrink(side).to(net.device)
+
+
+def stretching_backbone(options: TrainOptions) -> torch.nn.Module:
+    """The network of --resolution, whose last map is stretched to its size where it is smaller."""
+    backbone, side = NEW_BACKBONE(options), options.resolution // 16
+
+    def stretch(_, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        (x,) = inputs  # (N, 256, 4, 4) of a small crop
+        if x.shape[-1] == side:
+            return inputs
+        return (F.interpolate(x, (side, side), mode="bilinear"),)  # (N, 256, 7, 7)
+
+    backbone.bn2.register_forward_pre_hook(stretch)
+    return backbone
+
+
+def drawn_first(options: TrainOptions) -> int:
+    """Train on the drawn faces, once for each --name, and go from that backbone to the photos."""
+    if not (DRAWN / manifest.NAME).exists():
+        raise InputError(f"{DRAWN} is not prepared: see the top of benchmarks/trials.py")
+    options = train.with_defaults(options)
+    first = replace(options, data=DRAWN, runs=options.runs / "drawn-faces", epochs=DRAWN_EPOCHS)
+    run = first.runs / first.name
+    if not (run / "result.json").exists():
+        shutil.rmtree(run, ignore_errors=True)
+        code = train.main(first)
+        if code:
+            return code
+    return train.main(replace(options, init=run / checkpoint.BEST))
 
 
 class SubCentres(StraightThroughHead):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -17,16 +18,28 @@ from test_peers import SMALL
 
 
 @pytest.fixture
-def options(prepared, tmp_path) -> TrainOptions:
+def options(prepared, tmp_path, monkeypatch) -> TrainOptions:
+    monkeypatch.setattr(trials, "DRAWN", prepared)
     return TrainOptions(data=prepared, runs=tmp_path, name="r", network="mbf", **SMALL)
 
 
+@pytest.fixture
+def of_trial(options):
+    """The options of a trial."""
+
+    def make(recipe: str, **changes) -> TrainOptions:
+        larger = {"network": "r18", "resolution": 80} if recipe == "grown" else {}
+        return dataclasses.replace(options, recipe=recipe, **larger, **changes)
+
+    return make
+
+
 @pytest.mark.parametrize("recipe", trials.TRIALS)
-def test_a_trial_trains_and_leaves_the_loop_as_it_was(options, monkeypatch, recipe):
+def test_a_trial_trains_and_leaves_the_loop_as_it_was(of_trial, tmp_path, recipe):
     before = (train.train, train.update, train.validate, train.backward)
-    assert trials.main(dataclasses.replace(options, recipe=recipe)) == 0
+    assert trials.main(of_trial(recipe)) == 0
     assert (train.train, train.update, train.validate, train.backward) == before
-    run = options.runs / "r"
+    run = tmp_path / "r"
     assert json.loads((run / "result.json").read_text())["steps"] == 10
     best, _ = checkpoint.load_weights(run / checkpoint.BEST)
     last = torch.load(run / "last.pt", weights_only=True)["backbone"]
@@ -35,9 +48,9 @@ def test_a_trial_trains_and_leaves_the_loop_as_it_was(options, monkeypatch, reci
 
 
 @pytest.mark.parametrize("recipe", trials.TRIALS)
-def test_what_a_trial_replaces_can_be_compiled(options, recipe):
+def test_what_a_trial_replaces_can_be_compiled(of_trial, recipe):
     """torch.compile reads the names of what it calls, and a partial has none."""
-    for _, _, part in trials.parts(dataclasses.replace(options, recipe=recipe)):
+    for _, _, part in trials.parts(of_trial(recipe)):
         assert part.__name__
 
 
@@ -86,6 +99,76 @@ def test_the_margin_rises_in_the_first_half(options, monkeypatch):
     monkeypatch.setattr(trials, "BACKWARD", record)
     trials.main(dataclasses.replace(options, recipe="annealed", m=0.3))
     assert seen == pytest.approx([0.06 * step for step in range(5)] + 5 * [0.3])
+
+
+def test_crops_are_small_but_in_the_last_quarter_and_where_it_is_validated(of_trial, monkeypatch):
+    seen = []
+    plain = {name: getattr(trials, name) for name in ("BACKWARD", "VALIDATE")}
+
+    def recorded(name):
+        def record(*inputs):
+            net = inputs[0] if name == "BACKWARD" else inputs[1]
+            seen.append((name, net.backbone.shrink.resolution))
+            return plain[name](*inputs)
+
+        return record
+
+    for name in plain:
+        monkeypatch.setattr(trials, name, recorded(name))
+    trials.main(of_trial("grown", epochs=2, dropout=0.0))  # of ten steps each
+    assert [side for name, side in seen if name == "BACKWARD"] == 15 * [64] + 5 * [80]
+    assert [side for name, side in seen if name == "VALIDATE"] == [80, 80]
+
+
+def test_a_smaller_map_is_stretched_and_the_networks_own_is_left(of_trial):
+    options = of_trial("grown")
+    torch.manual_seed(0)
+    backbone = trials.stretching_backbone(options).eval()
+    torch.manual_seed(0)
+    usual = trials.NEW_BACKBONE(options).eval()
+    crops = torch.randn(2, 3, 112, 112)
+    torch.testing.assert_close(backbone(crops), usual(crops), rtol=0, atol=0)
+    small = backbone(torch.randn(2, 3, 80, 80))
+    backbone.shrink = trials.models.Shrink(64)
+    assert backbone(crops).shape == small.shape == (2, options.embedding_size)
+
+
+@pytest.mark.parametrize("changes", [{"resolution": 64}, {"network": "mbf"}])
+def test_what_can_not_grow_is_refused(of_trial, changes):
+    with pytest.raises(InputError, match="--resolution above 64, and no --network mbf"):
+        trials.main(dataclasses.replace(of_trial("grown"), **changes))
+
+
+def test_the_run_starts_from_the_drawn_faces_and_they_are_trained_on_once(
+    of_trial, tmp_path, monkeypatch
+):
+    runs = []
+    plain = train.main
+
+    def record(options):
+        runs.append((options.data, options.epochs, options.init))
+        return plain(options)
+
+    monkeypatch.setattr(train, "main", record)
+    monkeypatch.setattr(trials, "DRAWN_EPOCHS", 2)
+    options = of_trial("drawn")
+    first = tmp_path / "drawn-faces/r/best.safetensors"
+    assert trials.main(options) == 0 and first.exists()
+    assert trials.main(dataclasses.replace(options, name="r", runs=tmp_path / "b")) == 0
+    shutil.rmtree(tmp_path / "r")
+    assert trials.main(options) == 0
+    other = tmp_path / "b/drawn-faces/r/best.safetensors"
+    on_photos = (options.data, 1, first)
+    assert runs[:2] == [(trials.DRAWN, 2, None), on_photos]
+    assert runs[2:] == [(trials.DRAWN, 2, None), (options.data, 1, other), on_photos]
+
+
+def test_a_stop_while_drawn_faces_are_learned_ends_the_trial(of_trial, monkeypatch):
+    monkeypatch.setattr(train, "main", lambda _: 143)
+    assert trials.main(of_trial("drawn")) == 143
+    monkeypatch.setattr(trials, "DRAWN", trials.DRAWN / "missing")
+    with pytest.raises(InputError, match="missing is not prepared"):
+        trials.main(of_trial("drawn"))
 
 
 def test_a_trial_does_not_go_on(options):
