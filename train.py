@@ -328,7 +328,10 @@ def pick_amp(options: TrainOptions, device: torch.device) -> torch.dtype | None:
     if name == "auto":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
     if name == "fp16" and device.type == "cpu":
-        raise InputError("--amp fp16 needs CUDA: on a CPU use --amp bf16 or --amp off")
+        raise InputError(
+            "--amp fp16 needs CUDA: on a CPU use --amp bf16 or --amp off (a run that began in fp16 "
+            "goes on with CUDA alone: choose another --name)"
+        )
     return next(kind for kind, called in AMPS.items() if called == name)
 
 
@@ -423,7 +426,7 @@ def commits(run: Path) -> str:
 
 
 def said_before(run: Path, key: str) -> str:
-    """What config.json says beside the options; empty for a new run, or where it is damaged."""
+    """What config.json says beside the options; empty where there is none, or a damaged one."""
     try:
         return str(json.loads((run / "config.json").read_text())[key])
     except (OSError, ValueError, KeyError, TypeError):

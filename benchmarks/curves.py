@@ -4,7 +4,8 @@
 
 A panel a group of runs, a line a change: accuracy on people held out of training, after each epoch,
 over the photos seen so far. All lines are of seed 0, which every change has: another seed holds out
-other people, on whom all changes read higher or lower.
+other people, on whom all changes read higher or lower. (The parts of "scaling" hold out different
+people, too, 39 each: there a line's course can be read, and not which of two is higher.)
 """
 
 import sys

@@ -185,7 +185,9 @@ def is_done(run: Run) -> bool:
 def settings(run: Run) -> str:
     """All options that shape the run and are not the default: key=value in their order."""
     usual, chosen = config.plain(config.TrainOptions()), config.plain(parsed(run.words[1:]))
-    told = {*train.FREE, "data", "seed", "recipe"}  # or have a column of their own
+    told = {*train.FREE, "data", "seed"}  # or have a column of their own
+    if run.words[0] != OURS[0]:
+        told.discard("recipe")  # a peer or trial is more than its options
     return " ".join(
         f"{key}={','.join(map(str, value)) if isinstance(value, list) else value}"
         for key, value in sorted(chosen.items())
@@ -215,14 +217,16 @@ def perform(run: Run, options: Options) -> None:
     data = part_of(options.data, run.part)
     words = [*run.words, "--data", config.canonical(data), "--seed", str(run.seed)]
     words += ["--runs", "runs/experiments", "--name", run.name]
-    if run.words[0] == TRIED[0]:
+    trained = run.words[0] == TRIED[0] and (folder / "result.json").exists()
+    if run.words[0] == TRIED[0] and not trained:
         shutil.rmtree(folder, ignore_errors=True)  # it can't go on
     begun = checkpoint.exists(folder)
     if begun:
         refuse_another(folder, words[1:])
     before = minutes(folder) if begun else 0.0
     started = time.monotonic()
-    call([*words, *(["--resume"] if begun else [])])
+    if not trained:
+        call([*words, *(["--resume"] if begun else [])])
     taken = before + (time.monotonic() - started) / 60
     view1, view2 = (accuracy(folder, run, options.lfw, pairs) for pairs in (VIEW_1, VIEW_2))
     result = json.loads((folder / "result.json").read_text())
@@ -281,6 +285,7 @@ def call(words: list[str]) -> None:
 def refuse_another(folder: Path, words: list[str]) -> None:
     """Raises InputError: what lies there was begun by other options, such as an older recipe."""
     changed = train.changes(config.read_run(folder), config.plain(parsed(words)))
+    changed.pop("init", None)  # a trial finds it by itself, and no command here names one
     if changed:
         raise InputError(
             f"{folder} was begun with another {', '.join(changed)}: move it away, and repeat"

@@ -14,7 +14,9 @@ on that one.
 What no band holds: that fewer people may mean more chance in training than "the recipe" shows,
 which people were drawn, that the same pairs measure all points, and all that is kept as it is: the
 network, the photos a person. All points are of the same number of photos seen, so that a law beyond
-them supposes a training that grows with the number of people.
+them supposes a training that grows with the number of people; and the small sets have by then been
+seen so often that they are past their best on the people held out, which may make the law steeper
+than it is.
 
 Legend of shapes: K points, D draws, G numbers of identities.
 """

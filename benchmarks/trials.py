@@ -8,7 +8,7 @@ subcentres     three centres an identity, the nearest counts (Deng et al. 2020)
 balanced       identities drawn by the root of their number of photos
 annealed       the margin rises from 0 in the first half of the run
 grown          crops are shrunk to 64 px but for the last quarter of the run, with --resolution 112
-drawn          ten passes over drawn faces first, whose backbone it starts from (--init)
+drawn          ten more passes, over drawn faces, come first, and give the backbone it starts from
 
 The drawn faces, of other people than the demo's, lie in data/drawn:
 
@@ -22,7 +22,6 @@ stop: the parts here are in no checkpoint.
 Legend of shapes: N photos, C identities, E embedding size, K centres an identity.
 """
 
-import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -69,6 +68,8 @@ def main(options: TrainOptions) -> int:
     if options.recipe == "grown" and (options.resolution <= SMALL or options.network == "mbf"):
         raise InputError(f"this trial takes a --resolution above {SMALL}, and no --network mbf")
     if options.recipe == "drawn":
+        if options.init:
+            raise InputError("this trial makes the weights that it starts from: leave out --init")
         return drawn_first(options)
     with ExitStack() as stack:
         for module, name, part in parts(options):
@@ -80,7 +81,6 @@ def parts(options: TrainOptions) -> list[tuple[ModuleType, str, object]]:
     """What takes the place of what in the training loop."""
     loop = Loop(options)
     found = {
-        "drawn": [],
         "grown": [
             (training_step, "new_backbone", stretching_backbone),
             (train, "backward", loop.backward_grown),
@@ -163,17 +163,15 @@ def stretching_backbone(options: TrainOptions) -> torch.nn.Module:
 
 
 def drawn_first(options: TrainOptions) -> int:
-    """Train on the drawn faces, once for each --name, and go from that backbone to the photos."""
+    """Train on the drawn faces, if that is not done, and go from that backbone to the photos."""
     if not (DRAWN / manifest.NAME).exists():
         raise InputError(f"{DRAWN} is not prepared: see the top of benchmarks/trials.py")
     options = train.with_defaults(options)
     first = replace(options, data=DRAWN, runs=options.runs / "drawn-faces", epochs=DRAWN_EPOCHS)
     run = first.runs / first.name
-    if not (run / "result.json").exists():
-        shutil.rmtree(run, ignore_errors=True)
-        code = train.main(first)
-        if code:
-            return code
+    code = train.main(replace(first, resume=checkpoint.exists(run)))
+    if code:
+        return code
     return train.main(replace(options, init=run / checkpoint.BEST))
 
 

@@ -167,6 +167,39 @@ def test_a_trial_begins_anew(tmp_path, options, monkeypatch):
     assert "--resume" not in called[0]
 
 
+def test_a_trial_that_has_been_trained_is_only_scored(tmp_path, options, monkeypatch):
+    monkeypatch.setattr(experiments, "RUNS", tmp_path)
+    run = Run("ablations", "drawn faces first", 0, (*experiments.TRIED, "drawn"))
+    folder = tmp_path / "experiments" / run.name
+    folder.mkdir(parents=True)
+    for name in ("last.pt", "result.json"):
+        (folder / name).touch()
+    begun = {**config.plain(experiments.parsed(run.words[1:])), "data": str(options.data)}
+    begun["init"] = "weights"  # as the trial finds them
+    (folder / "config.json").write_text(json.dumps({"options": begun}))
+    called = []
+
+    def call(words):
+        called.append(words[0])
+        raise SystemExit(143)
+
+    monkeypatch.setattr(experiments, "call", call)
+    with pytest.raises(SystemExit):
+        experiments.perform(run, options)
+    assert called == ["lfw_eval.py"] and (folder / "result.json").exists()
+    (folder / "config.json").write_text(json.dumps({"options": {**begun, "lr": 0.2}}))
+    with pytest.raises(InputError, match="was begun with another lr"):
+        experiments.perform(run, options)
+
+
+def test_the_options_tell_all_changes_of_a_group_apart():
+    """By them alone a row is known to be of this run, and not of an older recipe."""
+    for group in experiments.GROUPS:
+        runs = [run for run in experiments.planned(group) if run.seed == 0]
+        told = {(experiments.settings(run), run.part) for run in runs}
+        assert len(told) == len({run.change for run in runs})
+
+
 def test_a_script_that_fails_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, "ROOT", tmp_path)
     (tmp_path / "train.py").write_text("raise SystemExit(2)")

@@ -120,6 +120,19 @@ def test_half_writes_the_weights_alone_at_half_the_size(run, exported, tmp_path,
     assert "`first-r18.safetensors`" in card and ".onnx`" not in card and "to fp16" in card
 
 
+def test_the_default_model_is_the_own_run_or_what_ships(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(config, "RUNS", tmp_path)
+    monkeypatch.setattr(config, "WEIGHTS", run / checkpoint.BEST)
+    own = shutil.copytree(run, config.default_run(), ignore=shutil.ignore_patterns("*export*"))
+    (own / "result.json").unlink(missing_ok=True)
+    for name, finished in (("a", False), ("b", True)):
+        if finished:
+            (own / "result.json").touch()
+        export_onnx.main(ExportOptions(out=tmp_path / name, half=True))
+        used = own if finished else config.WEIGHTS
+        assert f"no --model named: using {used}\n" in capsys.readouterr().out
+
+
 def test_bn_is_folded(exported):
     kinds = [node.op_type for node in onnx.load(exported / "first-r18.onnx").graph.node]
     assert kinds.count("BatchNormalization") == 8  # those before a padded convolution, one a block

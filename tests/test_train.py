@@ -200,6 +200,10 @@ def test_a_run_keeps_the_precision_that_it_began_with(options, monkeypatch, stor
     assert (told["options"]["amp"], told["precision"]) == ("bf16", "torch.bfloat16")
     with pytest.raises(InputError, match="amp bf16, now off"):
         train.main(dataclasses.replace(options, amp="off"))
+    content["precision"], content["options"]["amp"] = "torch.float16", "fp16"  # on a card
+    (run / "config.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"began in fp16 goes on with CUDA alone: choose another"):
+        train.main(dataclasses.replace(again, device="cpu"))
 
 
 def test_a_finished_run_says_so_and_other_options_are_refused(finished, capsys):
