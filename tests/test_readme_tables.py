@@ -45,6 +45,16 @@ def test_a_changed_number_is_told_and_mended(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "README.md").read_text() == text
 
 
+def test_every_look_at_view_2_is_counted():
+    """Those of the tables, each once where two of them share a run; seven others are told there."""
+    tables = ("final", "ablations", "ablations_se", "peers", "scaling")
+    text = readme_tables.README.read_text()
+    key = ("command", "commit", "minutes")
+    looks = {tuple(row[part] for part in key) for name in tables for row in rows(name)}
+    assert f"It was looked at {len(looks) + 7} times" in " ".join(text.split())
+    assert f"each of the {len(looks)} runs" in " ".join(text.split())
+
+
 def test_the_figures_of_the_introduction_are_in_the_tables():
     first = readme_tables.README.read_text().split("\n## ")[0]
     named = set(re.findall(r"(\d\d\.\d\d) %", first))
