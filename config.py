@@ -30,6 +30,7 @@ RUNS = ROOT / "runs"
 RAW = DATA / "raw"  # the user's photos, where there are any
 WEIGHTS = ROOT / "weights" / "recipe-cpu.safetensors"  # of --recipe cpu; they ship with the repo
 SYNTHETIC = DATA / "synthetic"  # the embedded faces, drawn on demand
+DRAWN = DATA / "drawn"  # many more of them, to start a training from
 
 DEPTHS = (18, 34, 50, 100, 101, 152, 200)
 NETWORKS = (*(f"r{d}" for d in DEPTHS), *(f"se-r{d}" for d in DEPTHS), "mbf")
@@ -81,6 +82,12 @@ class PreProcessOptions:
         None,
         "fetch a published set and prepare it: lfw (the funneled photos and the lists of pairs)",
         choices=("lfw",),
+    )
+    draw: int = option(
+        0,
+        "draw eight faces each of so many invented people and prepare them (default of --out: "
+        "data/drawn), for --recipe drawn",
+        low=0,
     )
     exclude_names: Path | None = option(
         None,
@@ -396,12 +403,13 @@ def default_model(*first: Path) -> Path:
 
 
 def knows_drawn_faces(model: Path) -> bool:
-    """Whether a run was trained on the embedded faces, which say nothing about photos."""
+    """Whether a run was trained on drawn faces alone: its threshold says nothing about photos."""
     try:
-        data = read_run(model).get("data")
+        told = read_run(model)
     except InputError:  # a file, or a run of which only the weights are left
         return model == RUNS / "demo"
-    return data is not None and ROOT / str(data) == SYNTHETIC / "train"
+    data, init = told.get("data"), told.get("init")
+    return not init and data is not None and ROOT / str(data) in (SYNTHETIC / "train", DRAWN)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@
     python pre_process.py --src photos/ --out data/faces         # a folder, .zip, .tar or .tgz
     python pre_process.py --src lfw.tgz --out data/lfw --keep-undetected    # a test set
     python pre_process.py --download lfw                         # the same, fetched: data/lfw
+    python pre_process.py --draw 4500                            # invented people: data/drawn
     python pre_process.py --out data/faces --pack --report       # of a set that is prepared
     torchrun --nproc-per-node 8 pre_process.py --src photos/ --out data/faces   # on eight GPUs
 
@@ -38,8 +39,9 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +79,8 @@ def main(options: PreProcessOptions) -> None:
     derived.check_lists(options)
     if options.download:
         options = download.fetch_lfw(options)
+    if options.draw:
+        options = draw_crowd(options)
     if derived.derive_only(options):
         return
     if options.src is not None or config.RAW.exists():
@@ -102,8 +106,24 @@ def main(options: PreProcessOptions) -> None:
 def draw_demo() -> None:
     print("No --src and no data/raw: using the embedded synthetic faces (data/synthetic).")
     total = sum(len(people) * photos for people, photos in synthetic_faces.DEMO_SETS)
+    draw(total, partial(synthetic_faces.write_demo, config.SYNTHETIC))
+
+
+def draw_crowd(options: PreProcessOptions) -> PreProcessOptions:
+    """Faces of invented people -> the options that prepare them. Only the first rank draws."""
+    if options.src is not None:
+        raise InputError("--draw (or --download) and --src both name a source: leave one out")
+    out = options.out or config.DRAWN
+    people, photos = range(options.draw), synthetic_faces.CROWD_PHOTOS
+    if job.rank() == 0:
+        write = partial(synthetic_faces.write_set, out / "raw", people, photos)
+        draw(len(people) * photos, partial(write, synthetic_faces.CROWD_SEED))
+    return replace(options, src=out / "raw", out=out)
+
+
+def draw(total: int, write: Callable[..., int]) -> None:
     progress = Progress(total, "Drawing faces")
-    drawn = synthetic_faces.write_demo(config.SYNTHETIC, progress.update)
+    drawn = write(progress=progress.update)
     progress.close()
     print(f"Drew {drawn} photos." if drawn else "All of them are drawn.")
 
