@@ -13,6 +13,7 @@ from pathlib import Path
 
 from torch import nn
 
+import config
 import models
 import utils
 from checkpoint import BEST
@@ -103,7 +104,7 @@ def training(metadata: dict[str, str], trained: dict, result: dict) -> list[str]
         f"{count(metadata, 'identities')} identities in training; where they come from, and "
         "whether the people in them were asked, is for whoever publishes this to say",
         f"- started from: {cell(origin)}"
-        + (" (whose training data count, too)" if "init" in metadata else ""),
+        + (" (whose training data count, too)" if fine_tuned(metadata) else ""),
     ]
     lines.append(f"- settings: {', '.join(settings(options)) or UNKNOWN}")
     steps = cell(result.get("steps", "the run has not finished" if options else UNKNOWN))
@@ -115,6 +116,10 @@ def training(metadata: dict[str, str], trained: dict, result: dict) -> list[str]
     commit = trained.get("commit") or metadata.get("commit", UNKNOWN)  # all of a stopped run's
     lines.append(f"- code: commit {cell(commit)}; exported at {cell(metadata['export_commit'])}")
     return lines
+
+
+def fine_tuned(metadata: dict[str, str]) -> bool:
+    return config.has_seen_photos(metadata.get("init", ""))
 
 
 def settings(options: dict) -> list[str]:
@@ -148,7 +153,7 @@ def validation(metadata: dict[str, str]) -> list[str]:
     pairs = f"{count(metadata, 'threshold_impostor_pairs')} impostor pairs"
     if "threshold_from" in metadata:
         pairs += f" of {cell(metadata['threshold_from'])}"
-    if "init" in metadata:
+    if fine_tuned(metadata):
         pairs += " (people whom the weights it started from may have seen)"
     tar = number(metadata.get("threshold_tar"))
     genuine = "" if tar is None else f", and {100 * tar:.1f} % of the genuine pairs there"
@@ -200,7 +205,7 @@ def row(found: dict) -> str:
 
 
 def advice(metadata: dict[str, str]) -> list[str]:
-    foreign = "source" in metadata or "init" in metadata
+    foreign = "source" in metadata or fine_tuned(metadata)
     return [
         "## Limits",
         "- Errors by age, sex, skin colour, pose, picture quality and camera were not measured.",

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+import config
 from config import InputError
 from photo_folders import one_line
 
@@ -37,7 +38,7 @@ class Threshold(NamedTuple):
             f"threshold {self.degrees:.2f}° {accepts}",
             f"taken on {self.impostor_pairs:,} impostor pairs{whose}",
         ]
-        if self.started_from:
+        if config.has_seen_photos(self.started_from):
             parts.append(
                 f"the weights that it started from ({self.started_from}) may have seen these people"
             )

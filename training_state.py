@@ -173,7 +173,8 @@ def initial_weights(options: TrainOptions) -> tuple[dict[str, Tensor], str]:
     if file.suffix in foreign_weights.SUFFIXES and not foreign_weights.told_by(state):
         fix = "name weights whose keys are those of our networks"
     checkpoint.check_state(network, state, file, fix)
-    return state, origin(file, metadata)
+    told = origin(file, metadata)
+    return state, config.of_drawn_faces(told) if config.knows_drawn_faces(file.parent) else told
 
 
 def origin(file: Path, metadata: dict[str, str]) -> str:

@@ -2,6 +2,7 @@
 
     python pre_process.py --src lfw-deepfunneled.tgz --out data/lfw --keep-undetected
     python pre_process.py --src train-faces.zip --out data/faces
+    python pre_process.py --draw 4500
     python benchmarks/experiments.py --list
     python benchmarks/experiments.py --what final        # and: ablations, peers, scaling
 
@@ -93,6 +94,7 @@ class Run:
 OURS = ("train.py", "--recipe", "cpu")
 THEIRS = ("benchmarks/peers.py", "--recipe")
 TRIED = ("benchmarks/trials.py", "--recipe")
+FROM_DRAWN = ("--init", "runs/experiments/drawn")  # what `draw_first` trains
 KNOWN = config.RECIPES | peers.PEERS | trials.TRIALS  # by the three scripts
 CHANGES = {
     "the recipe": (),
@@ -101,6 +103,7 @@ CHANGES = {
     "squeeze-and-excitation": ("--network", "se-r18"),
     "s 64, m 0.5": ("--s", "64", "--m", "0.5"),
     "straight-through gradient": (*THEIRS, "straight-through"),
+    "from drawn faces": FROM_DRAWN,
 }
 GROWN = (*TRIED, "grown", "--resolution", "112", "--epochs", "7")
 CANDIDATES = {  # one seed each: what does not pay at once is not followed up
@@ -112,7 +115,6 @@ CANDIDATES = {  # one seed each: what does not pay at once is not followed up
     "deeper and narrower: r34, width 0.375": (*OURS, "--network", "r34", "--width", "0.375"),
     "embeddings of 512 numbers": (*OURS, "--embedding-size", "512"),
     "64 px, in the last quarter 112 px, in the same time": GROWN,
-    "from ten passes over drawn faces": (*TRIED, "drawn"),
 }
 LIKE_OURS = ("--lr", "0.1", "--lr-batch", "64")
 PEERS = {
@@ -127,6 +129,8 @@ PEERS = {
 
 def planned(what: str) -> Iterator[Run]:
     if what in ("final", "all"):
+        for seed in (0, 1):
+            yield Run("final", "from drawn faces", seed, (*OURS, *FROM_DRAWN))
         for seed in (0, 1):
             yield Run("final", "the recipe", seed, OURS)
         yield Run("final", "with squeeze-and-excitation", 0, (*OURS, "--network", "se-r18"))
@@ -224,6 +228,8 @@ def perform(run: Run, options: Options) -> None:
     if begun:
         refuse_another(folder, words[1:])
     before = minutes(folder) if begun else 0.0
+    if FROM_DRAWN[0] in words:
+        before += draw_first()
     started = time.monotonic()
     if not trained:
         call([*words, *(["--resume"] if begun else [])])
@@ -256,6 +262,18 @@ def perform(run: Run, options: Options) -> None:
     append(RESULTS / f"{run.group}.csv", HEAD, [row])
 
 
+def draw_first() -> float:
+    """Train what a run starts from on drawn faces, where that is not done -> minutes it took."""
+    if not (config.DRAWN / manifest.NAME).exists():
+        raise InputError(f"{config.DRAWN} is not there: python pre_process.py --draw 4500")
+    folder = RUNS / "experiments" / "drawn"
+    words = ["train.py", "--data", config.canonical(config.DRAWN), "--recipe", "drawn"]
+    words += ["--runs", "runs/experiments", "--name", "drawn"]
+    if not (folder / "result.json").exists():
+        call([*words, *(["--resume"] if checkpoint.exists(folder) else [])])
+    return minutes(folder)
+
+
 def call(words: list[str]) -> None:
     """Run a script to its end; a signal is its own to handle, and it saves first."""
     print("$ python " + shlex.join(words), flush=True)
@@ -285,7 +303,6 @@ def call(words: list[str]) -> None:
 def refuse_another(folder: Path, words: list[str]) -> None:
     """Raises InputError: what lies there was begun by other options, such as an older recipe."""
     changed = train.changes(config.read_run(folder), config.plain(parsed(words)))
-    changed.pop("init", None)  # a trial finds it by itself, and no command here names one
     if changed:
         raise InputError(
             f"{folder} was begun with another {', '.join(changed)}: move it away, and repeat"

@@ -8,12 +8,6 @@ subcentres     three centres an identity, the nearest counts (Deng et al. 2020)
 balanced       identities drawn by the root of their number of photos
 annealed       the margin rises from 0 in the first half of the run
 grown          crops are shrunk to 64 px but for the last quarter of the run, with --resolution 112
-drawn          ten more passes, over drawn faces, come first, and give the backbone it starts from
-
-The drawn faces, of other people than the demo's, lie in data/drawn:
-
-    python -c "import synthetic_faces as s; s.write_set('data/drawn-raw', range(5000, 6500), 8, 1)"
-    python pre_process.py --src data/drawn-raw --out data/drawn
 
 All other options are those of train.py. What paid is an option there; results/trials.csv (the
 average) and results/ablations.csv (the others) say what did not. Such a run can't go on after a
@@ -38,11 +32,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-import checkpoint
 import config
 import data_gen
 import job
-import manifest
 import models
 import train
 import training_step
@@ -54,9 +46,8 @@ SHARE = 0.05  # of the run: the time constant of the average
 SMOOTHING = 0.1
 CENTRES = 3
 SMALL = 64  # pixels
-DRAWN, DRAWN_EPOCHS = config.DATA / "drawn", 10
 TRIALS = dict.fromkeys(
-    ("averaged", "smoothed", "subcentres", "balanced", "annealed", "grown", "drawn"), RECIPES["cpu"]
+    ("averaged", "smoothed", "subcentres", "balanced", "annealed", "grown"), RECIPES["cpu"]
 )
 
 
@@ -67,10 +58,6 @@ def main(options: TrainOptions) -> int:
         raise InputError("a trial takes no --easy-margin and runs as one process, without torchrun")
     if options.recipe == "grown" and (options.resolution <= SMALL or options.network == "mbf"):
         raise InputError(f"this trial takes a --resolution above {SMALL}, and no --network mbf")
-    if options.recipe == "drawn":
-        if options.init:
-            raise InputError("this trial makes the weights that it starts from: leave out --init")
-        return drawn_first(options)
     with ExitStack() as stack:
         for module, name, part in parts(options):
             stack.enter_context(mock.patch.object(module, name, part))
@@ -160,19 +147,6 @@ def stretching_backbone(options: TrainOptions) -> torch.nn.Module:
 
     backbone.bn2.register_forward_pre_hook(stretch)
     return backbone
-
-
-def drawn_first(options: TrainOptions) -> int:
-    """Train on the drawn faces, if that is not done, and go from that backbone to the photos."""
-    if not (DRAWN / manifest.NAME).exists():
-        raise InputError(f"{DRAWN} is not prepared: see the top of benchmarks/trials.py")
-    options = train.with_defaults(options)
-    first = replace(options, data=DRAWN, runs=options.runs / "drawn-faces", epochs=DRAWN_EPOCHS)
-    run = first.runs / first.name
-    code = train.main(replace(first, resume=checkpoint.exists(run)))
-    if code:
-        return code
-    return train.main(replace(options, init=run / checkpoint.BEST))
 
 
 class SubCentres(StraightThroughHead):

@@ -169,13 +169,12 @@ def test_a_trial_begins_anew(tmp_path, options, monkeypatch):
 
 def test_a_trial_that_has_been_trained_is_only_scored(tmp_path, options, monkeypatch):
     monkeypatch.setattr(experiments, "RUNS", tmp_path)
-    run = Run("ablations", "drawn faces first", 0, (*experiments.TRIED, "drawn"))
+    run = Run("ablations", "smoothed", 0, (*experiments.TRIED, "smoothed"))
     folder = tmp_path / "experiments" / run.name
     folder.mkdir(parents=True)
     for name in ("last.pt", "result.json"):
         (folder / name).touch()
     begun = {**config.plain(experiments.parsed(run.words[1:])), "data": str(options.data)}
-    begun["init"] = "weights"  # as the trial finds them
     (folder / "config.json").write_text(json.dumps({"options": begun}))
     called = []
 
@@ -189,6 +188,41 @@ def test_a_trial_that_has_been_trained_is_only_scored(tmp_path, options, monkeyp
     assert called == ["lfw_eval.py"] and (folder / "result.json").exists()
     (folder / "config.json").write_text(json.dumps({"options": {**begun, "lr": 0.2}}))
     with pytest.raises(InputError, match="was begun with another lr"):
+        experiments.perform(run, options)
+
+
+def test_the_drawn_faces_come_first_where_a_run_starts_from_them(tmp_path, options, monkeypatch):
+    monkeypatch.setattr(experiments, "RUNS", tmp_path)
+    monkeypatch.setattr(config, "DRAWN", options.data)
+    run = next(run for run in experiments.planned("final") if run.change == "from drawn faces")
+    assert "init=runs/experiments/drawn" in experiments.settings(run).split()
+    folder = tmp_path / "experiments" / "drawn"
+    folder.mkdir(parents=True)
+    called = []
+
+    def call(words):
+        called.append(words)
+        if words[words.index("--name") + 1] != "drawn":
+            raise SystemExit(143)
+        (folder / "result.json").touch()
+
+    monkeypatch.setattr(experiments, "call", call)
+    for begun in (False, True, False):
+        if begun:
+            (folder / "result.json").unlink()
+            (folder / checkpoint.LAST).touch()
+        with pytest.raises(SystemExit):
+            experiments.perform(run, options)
+    firsts, runs = called[0:3:2], called[1::2] + called[4:]
+    assert [words[:5] for words in firsts] == 2 * [
+        ["train.py", "--data", str(options.data), "--recipe", "drawn"]
+    ]
+    assert "--resume" not in firsts[0] and firsts[1][-1] == "--resume"
+    assert len(called) == 5 and all("runs/experiments/drawn" in words for words in runs)
+    monkeypatch.setattr(config, "DRAWN", tmp_path / "missing")
+    with pytest.raises(
+        InputError, match=r"missing is not there: python pre_process\.py --draw 4500"
+    ):
         experiments.perform(run, options)
 
 

@@ -394,6 +394,9 @@ def test_the_licence_of_what_the_weights_come_from_is_named(run):
     assert LICENCE not in card(run)
     assert LICENCE in card(run, source="backbone.pth")
     assert LICENCE in card(run, init="others/r50.pth")
+    drawn = card(run, init=config.of_drawn_faces("drawn/best.safetensors"))
+    assert LICENCE not in drawn and "may have seen" not in drawn and "data count" not in drawn
+    assert "started from: drawn faces: drawn/best.safetensors\n" in drawn
 
 
 def test_the_card_says_whose_pairs_the_threshold_was_taken_on(run):

@@ -493,6 +493,22 @@ def test_a_lost_crop_refuses_the_pack_and_loses_nothing(raw, tmp_path):
     assert {name: data for name, data in tree(out).items() if ".tmp" not in name} == before
 
 
+def test_invented_people_are_drawn_and_prepared_and_none_of_them_twice(tmp_path, capsys):
+    options = PreProcessOptions(draw=2, out=tmp_path / "drawn", workers=0)
+    pre_process.main(options)
+    assert "Drew 16 photos." in capsys.readouterr().out
+    rows = manifest.read_manifest(tmp_path / "drawn")
+    assert len(rows) == 16 and {row.status for row in rows} == {manifest.ALIGNED}
+    demo = draw_face(0, 0, 1)[0]
+    first = read_image(tmp_path / "drawn/raw/s0000/s0000_0001.jpg")
+    assert np.abs(first.astype(int) - demo).mean() > 10  # another person than the demo's
+    pre_process.main(dataclasses.replace(options, draw=3))
+    assert "Drew 8 photos." in capsys.readouterr().out
+    assert len(manifest.read_manifest(tmp_path / "drawn")) == 24
+    with pytest.raises(InputError, match="leave one out"):
+        pre_process.main(dataclasses.replace(options, src=tmp_path))
+
+
 def test_row15_download_prepares_a_test_set(raw, tmp_path, monkeypatch):
     """The published archive and lists, but from localhost and small."""
     with zipfile.ZipFile(tmp_path / "lfw.zip", "w") as file:

@@ -474,6 +474,22 @@ def test_init_starts_from_the_given_backbone_and_a_new_head(finished, tmp_path, 
     assert not torch.allclose(head, trained, atol=1e-3)
 
 
+def test_a_run_that_starts_from_drawn_faces_says_so(finished, tmp_path, monkeypatch):
+    options, run = finished
+    options = dataclasses.replace(options, runs=tmp_path, init=run)
+    assert "drawn faces" not in training_state.initial_weights(options)[1]
+    monkeypatch.setattr(config, "DRAWN", options.data)
+    told = training_state.initial_weights(options)[1]
+    assert told == f"drawn faces: {run.name}/best.safetensors"
+    assert train.main(options) == 0
+    second = tmp_path / options.name
+    assert utils.load_backbone(second).metadata["init"] == told
+    monkeypatch.setattr(config, "DRAWN", config.DATA / "drawn")
+    assert not config.knows_drawn_faces(second)
+    monkeypatch.setattr(config, "DRAWN", options.data)
+    assert not config.knows_drawn_faces(second)  # it started from something
+
+
 @pytest.mark.parametrize(("stop_at", "how"), [(1, ".safetensors"), (13, ".pth")])
 def test_row21_a_resumed_fine_tuning_needs_no_init_file(
     finished, tmp_path, monkeypatch, stop_at, how

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 
 import numpy as np
 import pytest
@@ -10,18 +9,14 @@ import torch
 
 import checkpoint
 import config
-import train
-import training_step
 from arcface import ArcMarginHead
 from benchmarks import trials
 from config import InputError, TrainOptions
-from conftest import make_prepared
 from test_peers import SMALL
 
 
 @pytest.fixture
-def options(prepared, tmp_path, monkeypatch) -> TrainOptions:
-    monkeypatch.setattr(trials, "DRAWN", prepared)
+def options(prepared, tmp_path) -> TrainOptions:
     return TrainOptions(data=prepared, runs=tmp_path, name="r", network="mbf", **SMALL)
 
 
@@ -36,14 +31,10 @@ def of_trial(options):
     return make
 
 
-def replaced(options: TrainOptions) -> list:
-    return [] if options.recipe == "drawn" else trials.parts(options)
-
-
 @pytest.mark.parametrize("recipe", trials.TRIALS)
 def test_a_trial_trains_and_leaves_the_loop_as_it_was(of_trial, tmp_path, recipe):
     options = of_trial(recipe)
-    places = [place[:2] for place in replaced(options)]
+    places = [place[:2] for place in trials.parts(options)]
     before = [getattr(module, name) for module, name in places]
     assert trials.main(options) == 0
     assert [getattr(module, name) for module, name in places] == before
@@ -58,7 +49,7 @@ def test_a_trial_trains_and_leaves_the_loop_as_it_was(of_trial, tmp_path, recipe
 @pytest.mark.parametrize("recipe", trials.TRIALS)
 def test_what_a_trial_replaces_can_be_compiled(of_trial, recipe):
     """torch.compile reads the names of what it calls, and a partial has none."""
-    for _, _, part in replaced(of_trial(recipe)):
+    for _, _, part in trials.parts(of_trial(recipe)):
         assert part.__name__
 
 
@@ -145,45 +136,6 @@ def test_a_smaller_map_is_stretched_and_the_networks_own_is_left(of_trial):
 def test_what_can_not_grow_is_refused(of_trial, changes):
     with pytest.raises(InputError, match="--resolution above 64, and no --network mbf"):
         trials.main(dataclasses.replace(of_trial("grown"), **changes))
-
-
-def test_the_run_starts_from_the_drawn_faces_which_are_learned_once(
-    of_trial, tmp_path, monkeypatch
-):
-    drawn = make_prepared(tmp_path / "drawn", 12, 8)
-    monkeypatch.setattr(trials, "DRAWN", drawn)
-    monkeypatch.setattr(trials, "DRAWN_EPOCHS", 2)
-    runs, steps = [], []
-    plain, step = train.main, train.backward
-    monkeypatch.setattr(
-        train, "main", lambda o: runs.append((o.data, o.epochs, o.init)) or plain(o)
-    )
-    monkeypatch.setattr(train, "backward", lambda *inputs: steps.append(0) or step(*inputs))
-    options = of_trial("drawn", lr=0.0)  # so that the weights of the first run are kept
-    first = tmp_path / "drawn-faces/r/best.safetensors"
-    expected = [(drawn, 2, None), (options.data, 1, first)]
-    assert trials.main(options) == 0 and runs == expected
-    state, told = checkpoint.load_weights(tmp_path / "r" / checkpoint.BEST)
-    assert "best.safetensors" in told["init"] and len(steps) == 2 * 6 + 10
-    begun, _ = checkpoint.load_weights(first)
-    kept = {name for name, _ in training_step.new_backbone(options).named_parameters()}
-    assert all(torch.equal(state[name], begun[name]) for name in kept)
-
-    shutil.rmtree(tmp_path / "r")
-    assert trials.main(options) == 0 and runs == 2 * expected
-    assert len(steps) == 2 * 6 + 10 + 10  # the first run was done
-    with pytest.raises(InputError, match="drawn-faces/r was trained with other options"):
-        trials.main(dataclasses.replace(options, seed=1))
-    with pytest.raises(InputError, match="leave out --init"):
-        trials.main(dataclasses.replace(options, init=first))
-
-
-def test_a_stop_while_drawn_faces_are_learned_ends_the_trial(of_trial, monkeypatch):
-    monkeypatch.setattr(train, "main", lambda _: 143)
-    assert trials.main(of_trial("drawn")) == 143
-    monkeypatch.setattr(trials, "DRAWN", trials.DRAWN / "missing")
-    with pytest.raises(InputError, match="missing is not prepared"):
-        trials.main(of_trial("drawn"))
 
 
 def test_a_trial_does_not_go_on(options):

@@ -260,6 +260,9 @@ def test_the_threshold_says_whose_pairs_it_was_taken_on(place, tmp_path, capsys)
     found = told(capsys, dataclasses.replace(options, json=True))
     assert found["threshold_from"] == "pairsDevTest.txt"
     assert found["started_from"] == "others/r50.pth"
+    told_["init"] = config.of_drawn_faces("drawn/best.safetensors")
+    checkpoint.save_weights(tmp_path / "tuned.safetensors", state, told_)
+    assert "may have seen" not in say(capsys, options)  # they are nobody
     assert told(capsys, ask(place, "a.png", "b.png", json=True))["started_from"] is None
 
 
