@@ -114,7 +114,8 @@ def draw_crowd(options: PreProcessOptions) -> PreProcessOptions:
     if options.src is not None:
         raise InputError("--draw (or --download) and --src both name a source: leave one out")
     out = options.out or config.DRAWN
-    people, photos = range(options.draw), synthetic_faces.CROWD_PHOTOS
+    first, photos = synthetic_faces.CROWD_FIRST, synthetic_faces.CROWD_PHOTOS
+    people = range(first, first + options.draw)
     if job.rank() == 0:
         write = partial(synthetic_faces.write_set, out / "raw", people, photos)
         draw(len(people) * photos, partial(write, synthetic_faces.CROWD_SEED))

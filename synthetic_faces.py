@@ -30,7 +30,8 @@ DEMO_TRAIN = (range(280), 6)
 DEMO_TEST = (range(1000, 1050), 8)
 DEMO_SETS = (DEMO_TRAIN, DEMO_TEST)
 DEMO_FOLDS, DEMO_PAIRS = 10, 60  # folds, and pairs a fold of each kind
-CROWD_PHOTOS, CROWD_SEED = 8, 1  # of `pre_process.py --draw`: other people than the demo's
+# Of `pre_process.py --draw`: other people than the demo's, and of other names.
+CROWD_FIRST, CROWD_PHOTOS, CROWD_SEED = 5000, 8, 1
 
 SIZE = 176  # pixels of a photo's side: one size, so that detection can batch
 RAYS = 1.3  # rays to a pixel along each side, averaged
