@@ -8,7 +8,6 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-resumed = $(if $(wildcard runs/$(1)/last.pt runs/$(1)/previous.pt),--resume)
 
 .PHONY: demo test test-slow pictures readme weights clean-demo
 
@@ -31,14 +30,11 @@ pictures: .venv/installed
 readme: .venv/installed
 	$(BIN)/python readme_tables.py
 
-# One and a half to two and a half hours on 2 cores. Stopped, it goes on where it was; what was trained
-# lies in runs/cpu/export.
+# About two hours on 2 cores. Stopped, it goes on where it was; what was trained lies in runs/cpu/export.
 weights: .venv/installed
 	@test -n "$(PHOTOS)" || { echo "error: make weights PHOTOS=path/to/train-faces.zip" >&2; exit 2; }
 	$(BIN)/python pre_process.py --src "$(PHOTOS)" --out data/faces
-	$(BIN)/python pre_process.py --draw 4500
-	$(BIN)/python train.py --data data/drawn --recipe drawn $(call resumed,drawn)
-	$(BIN)/python train.py --data data/faces --recipe cpu --init runs/drawn $(call resumed,cpu)
+	$(BIN)/python train.py --data data/faces --recipe cpu $(if $(wildcard runs/cpu/last.pt runs/cpu/previous.pt),--resume)
 	@if [ -f data/lfw/pairs.txt ] && [ -f data/lfw/manifest.csv ]; then $(BIN)/python lfw_eval.py --data data/lfw --model runs/cpu; \
 	  else echo "LFW or its pairs.txt is not in data/lfw: no figure is taken (README, On real photos)"; fi
 	@cd runs/cpu && if [ -f export/recipe-cpu.md ]; then mv --backup=numbered export/recipe-cpu.md export/earlier-card.md; fi
